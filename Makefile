@@ -1,0 +1,86 @@
+# Everything is set up in .venv and build/, nothing outside this folder. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+export OPD_WERROR ?= ON
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+py := .venv/bin/python
+pip := $(py) -m pip install --quiet
+torch_stamp := .venv/.installed-$(subst /,_,$(subst =,-,$(subst >,-,$(TORCH))))
+# Extras whose packages want another torch would replace it silently; the constraint makes that an error.
+constraint := .venv/torch-constraint.txt
+
+.PHONY: help run test test-integrations build lint format docs check clean distclean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 24
+
+run: build ## Do the main job: distil two small teachers into a student on policy
+	$(py) -m opd_engine train examples/arithmetic.toml
+
+test: build lint ## Lint, floors, unit tests, gloo ranks, a reduced main job, the README's example
+	$(py) -m pytest python_tests --ignore python_tests/integration --durations 15 $(PYTEST_ARGS)
+
+test-integrations: build .venv/.installed-integrations ## Foreign frameworks and the longer examples
+	$(py) -m pytest python_tests/integration --durations 15 $(PYTEST_ARGS)
+
+build: .venv/.installed-dev ## Build or refresh opd_engine/_C in place; .venv imports opd_engine from here
+	@$(py) setup.py --quiet build_ext --inplace
+
+lint: .venv/.installed-dev ## ruff and clang-format, changing nothing
+	$(py) -m ruff check .
+	$(py) -m ruff format --check .
+	@sources=$$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh'); \
+	  [ -z "$$sources" ] || .venv/bin/clang-format --dry-run --Werror $$sources
+
+format: .venv/.installed-dev ## Let ruff and clang-format rewrite the sources
+	$(py) -m ruff check --fix .
+	$(py) -m ruff format .
+	.venv/bin/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+docs: build .venv/.installed-docs ## Build the documentation into site/
+	$(py) -m mkdocs build --strict --quiet
+
+check: build ## The conformance table on this machine, in 2 processes
+	$(py) -m opd_engine check --tp 2
+
+clean: ## Remove what was built, keep .venv
+	rm -rf build dist site *.egg-info opd_engine/_C*.so
+
+distclean: clean ## Remove .venv too
+	rm -rf .venv
+
+# ---- .venv -----------------------------------------------------------------------------------------------------------
+$(py):
+	@command -v $(PYTHON) >/dev/null || { echo "opd_engine: no $(PYTHON) on PATH; on Debian or Ubuntu: apt-get install python3 python3-venv python3-dev" >&2; exit 1; }
+	@$(PYTHON) cmake/check_system.py
+	$(PYTHON) -m venv .venv
+
+$(torch_stamp): | $(py)
+	@$(py) cmake/check_system.py
+	$(pip) '$(TORCH)'
+	@rm -f .venv/.installed-*
+	@$(py) -c 'import torch; print("torch==" + torch.__version__)' > $(constraint)
+	@touch $@
+
+.venv/.installed-build: $(torch_stamp)
+	$(pip) 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.24' ninja wheel
+	@touch $@
+
+# The editable install compiles the module and brings what the main job and the tests need.
+.venv/.installed-dev: pyproject.toml setup.py .venv/.installed-build
+	$(pip) --no-build-isolation -c $(constraint) -e '.[train,dev]'
+	@touch $@
+
+.venv/.installed-docs: pyproject.toml .venv/.installed-dev
+	$(pip) --no-build-isolation -c $(constraint) -e '.[docs]'
+	@touch $@
+
+.venv/.installed-integrations: pyproject.toml .venv/.installed-dev
+	$(pip) --no-build-isolation -c $(constraint) -e '.[megatron]'
+	@touch $@

@@ -1,0 +1,28 @@
+"""On-policy distillation losses for large language models, exact under tensor parallelism.
+
+Importing this package needs torch alone. Public names arrive floor by floor; foreign frameworks live in
+`opd_engine.integrations` and are imported only when used.
+"""
+
+from opd_engine._version import __version__
+
+try:
+    import torch as _torch
+except ImportError as error:
+    raise ImportError(
+        "opd_engine needs torch >= 2.10, which cannot be imported here. Install the build that fits this machine first "
+        "(for example: pip install torch==2.13.0), then install opd_engine again, so that its compiled module is built "
+        f"against it. The import said: {error}"
+    ) from error
+
+try:
+    from opd_engine import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "opd_engine's compiled module _C is missing or does not load in this Python with "
+        f"torch {_torch.__version__}. In a source checkout run `make build` (or: pip install --no-build-isolation .); "
+        "an installed package was built for another Python or an older torch than 2.10 and must be reinstalled. "
+        f"The import said: {error}"
+    ) from error
+
+__all__ = ["__version__"]
