@@ -73,7 +73,7 @@ $(torch_stamp): | $(py)
 	@touch $@
 
 # The editable install compiles the module and brings what the main job and the tests need.
-.venv/.installed-dev: pyproject.toml setup.py .venv/.installed-build
+.venv/.installed-dev: pyproject.toml .venv/.installed-build
 	$(pip) --no-build-isolation -c $(constraint) -e '.[train,dev]'
 	@touch $@
 

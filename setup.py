@@ -1,7 +1,8 @@
 """Thin driver: setuptools for metadata and packaging, CMake for every compiled file.
 
 Every option is passed to CMake on every run, because a reused build folder would otherwise keep old answers.
-Options come from the environment: OPD_CUDA (AUTO, ON, OFF), OPD_CUDA_ARCHS, OPD_WERROR (ON, OFF), OPD_TORCH_DIR, MAX_JOBS.
+Options come from the environment: OPD_CUDA (AUTO, ON, OFF), OPD_CUDA_ARCHS, OPD_WERROR (ON, OFF), OPD_TORCH_DIR,
+MAX_JOBS.
 """
 
 import fcntl

@@ -5,6 +5,7 @@ and returns something JSON can hold. If a rank fails or the time is up, all are 
 is in the error. Imports take most of the time (about two seconds a process), so put many checks behind one launch.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -58,34 +59,31 @@ def run_ranks(
         folder = Path(name)
         job = {"target": str(module_or_file), "function": function, "args": json_args, "timeout": timeout}
         (folder / "job.json").write_text(json.dumps(job))
-        logs = [open(folder / f"{rank}.log", "w+b") for rank in range(world_size)]
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(folder)],
-                env=rank_environment(rank, world_size, folder),
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=logs[rank],
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            for rank in range(world_size)
-        ]
+        ranks = [_start(rank, world_size, folder) for rank in range(world_size)]
         try:
             problem = _wait(ranks, time.monotonic() + timeout)
         finally:
             for rank in ranks:
                 _end(rank)
-            outputs = []
-            for log in logs:
-                log.seek(0)
-                outputs.append(log.read().decode(errors="replace"))
-                log.close()
+        outputs = [(folder / f"{rank}.log").read_text(errors="replace") for rank in range(world_size)]
         if problem is not None:
             blamed, reason = problem
             shown = "\n".join(f"--- rank {rank} ---\n{outputs[rank][-6000:]}" for rank in blamed)
             raise RanksFailed(f"{function} on {world_size} ranks: {reason} (limit {timeout:g} s)\n{shown}", outputs)
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def _start(rank: int, world_size: int, folder: Path) -> subprocess.Popen:
+    with open(folder / f"{rank}.log", "wb") as log:
+        return subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env=rank_environment(rank, world_size, folder),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def _wait(ranks: list[subprocess.Popen], deadline: float) -> tuple[list[int], str] | None:
@@ -108,10 +106,8 @@ def _wait(ranks: list[subprocess.Popen], deadline: float) -> tuple[list[int], st
 
 def _end(rank: subprocess.Popen) -> None:
     """End the rank's whole session, so that nothing it started outlives the test."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(rank.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
     rank.wait()
 
 
