@@ -25,4 +25,6 @@ except ImportError as error:
         f"The import said: {error}"
     ) from error
 
-__all__ = ["__version__"]
+from opd_engine.ops import debug  # noqa: E402  (after the checks above)
+
+__all__ = ["__version__", "debug"]

@@ -1,0 +1,162 @@
+// Divergences on buckets, on the full vocabulary, and the fused one-shard loss: check, allocate, launch.
+#include <tuple>
+
+#include "kernels/cpu/kernels.h"
+#include "ops/check.h"
+
+namespace opd::ops {
+
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor, Tensor> bucket_divergence(Tensor indices, Tensor student_log_probs, Tensor student_tail,
+                                                     Tensor teacher_log_probs, Tensor teacher_tail,
+                                                     std::string divergence, double beta, double alpha,
+                                                     std::string tail, std::optional<double> teacher_log_prob_min) {
+  const Context context = context_of_scores("bucket_divergence", "student_log_probs", student_log_probs);
+  check_tensor(context, "indices", indices, ScalarType::Long, {-1, -1});
+  BucketDivergenceParams p{};
+  p.num_rows = indices.size(0);
+  p.k = indices.size(1);
+  check_scores(context, "student_log_probs", student_log_probs, {p.num_rows, p.k});
+  check_scores(context, "student_tail", student_tail, {p.num_rows});
+  check_scores(context, "teacher_log_probs", teacher_log_probs, {p.num_rows, p.k});
+  check_scores(context, "teacher_tail", teacher_tail, {p.num_rows});
+  p.is_float64 = context.is_float64();
+  p.divergence = parse_divergence(context, divergence, beta, alpha);
+  p.tail = parse_tail(context, tail);
+  p.has_floor = teacher_log_prob_min.has_value();
+  p.teacher_log_prob_min = teacher_log_prob_min.value_or(0);
+  p.indices = static_cast<const int64_t*>(indices.data_ptr());
+  p.student_log_probs = student_log_probs.data_ptr();
+  p.student_tail = student_tail.data_ptr();
+  p.teacher_log_probs = teacher_log_probs.data_ptr();
+  p.teacher_tail = teacher_tail.data_ptr();
+  Tensor loss = context.empty_scores({p.num_rows}), grad_log_probs = context.empty_scores({p.num_rows, p.k});
+  Tensor grad_tail = context.empty_scores({p.num_rows});
+  p.loss = loss.data_ptr();
+  p.grad_log_probs = grad_log_probs.data_ptr();
+  p.grad_tail = grad_tail.data_ptr();
+  parallel_rows(p.num_rows, 64 * (p.k + 1), [&](int64_t begin, int64_t end) { cpu::bucket_divergence(p, begin, end); });
+  return {loss, grad_log_probs, grad_tail};
+}
+
+FullDivergenceParams full_params(const Context& context, const Tensor& student_logits, const Tensor& teacher_logits,
+                                 const Tensor& student_stats, const Tensor& teacher_stats, int64_t vocab_start_index,
+                                 int64_t vocab_size, int64_t teacher_vocab_size, const std::string& divergence,
+                                 double beta, double alpha, double temperature,
+                                 const OptionalTensor& row_temperature) {
+  FullDivergenceParams p{};
+  p.student = view_of(context, "student_logits", student_logits, vocab_start_index, vocab_size);
+  p.teacher = view_of(context, "teacher_logits", teacher_logits, vocab_start_index, teacher_vocab_size);
+  const int64_t num_tokens = p.student.num_rows;
+  STD_TORCH_CHECK(p.teacher.num_rows == num_tokens, context.op, ": teacher_logits must have ", num_tokens,
+                  " rows, got ", p.teacher.num_rows);
+  const int64_t left = teacher_vocab_size - vocab_start_index, below = left < 0 ? 0 : left;
+  p.num_shared = p.student.num_valid < below ? p.student.num_valid : below;
+  STD_TORCH_CHECK(p.teacher.width >= p.num_shared, context.op, ": teacher_logits must hold the ", p.num_shared,
+                  " columns this shard shares with it, got ", p.teacher.width);
+  check_scores(context, "student_stats", student_stats, {num_tokens, kNumStats});
+  check_scores(context, "teacher_stats", teacher_stats, {num_tokens, kNumStats});
+  p.student_stats = student_stats.data_ptr();
+  p.teacher_stats = teacher_stats.data_ptr();
+  p.divergence = parse_divergence(context, divergence, beta, alpha);
+  p.temperature = temperature_of(context, temperature, row_temperature, num_tokens);
+  return p;
+}
+
+Tensor full_divergence(Tensor student_logits, Tensor teacher_logits, Tensor student_stats, Tensor teacher_stats,
+                       int64_t vocab_start_index, int64_t vocab_size, int64_t teacher_vocab_size,
+                       std::string divergence, double beta, double alpha, double temperature,
+                       OptionalTensor row_temperature) {
+  const Context context = context_of("full_divergence", student_logits);
+  FullDivergenceParams p = full_params(context, student_logits, teacher_logits, student_stats, teacher_stats,
+                                       vocab_start_index, vocab_size, teacher_vocab_size, divergence, beta, alpha,
+                                       temperature, row_temperature);
+  Tensor sums = context.empty_scores({p.student.num_rows, 2});
+  p.sums = sums.data_ptr();
+  parallel_rows(p.student.num_rows, p.student.width,
+                [&](int64_t begin, int64_t end) { cpu::variant_kernels()->full_divergence(p, begin, end); });
+  return sums;
+}
+
+void launch_full_backward(const Context& context, FullDivergenceParams p, const Tensor& grad, const Tensor& sums,
+                          const Tensor& grad_loss, int64_t vocab_start_index, int64_t vocab_size) {
+  check_scores(context, "sums", sums, {p.student.num_rows, 2});
+  check_scores(context, "grad_loss", grad_loss, {p.student.num_rows});
+  p.grad = view_of(context, "grad", grad, vocab_start_index, vocab_size);
+  p.sums = sums.data_ptr();
+  p.grad_loss = grad_loss.data_ptr();
+  parallel_rows(p.student.num_rows, p.student.width,
+                [&](int64_t begin, int64_t end) { cpu::variant_kernels()->full_divergence_backward(p, begin, end); });
+}
+
+Tensor full_divergence_backward(Tensor student_logits, Tensor teacher_logits, Tensor student_stats,
+                                Tensor teacher_stats, int64_t vocab_start_index, int64_t vocab_size,
+                                int64_t teacher_vocab_size, std::string divergence, double beta, double alpha,
+                                double temperature, OptionalTensor row_temperature, Tensor sums, Tensor grad_loss) {
+  const Context context = context_of("full_divergence_backward", student_logits);
+  Tensor grad = torch::stable::new_empty(student_logits, student_logits.sizes());
+  launch_full_backward(context,
+                       full_params(context, student_logits, teacher_logits, student_stats, teacher_stats,
+                                   vocab_start_index, vocab_size, teacher_vocab_size, divergence, beta, alpha,
+                                   temperature, row_temperature),
+                       grad, sums, grad_loss, vocab_start_index, vocab_size);
+  return grad;
+}
+
+void full_divergence_backward_(Tensor student_logits, Tensor teacher_logits, Tensor student_stats,
+                               Tensor teacher_stats, int64_t vocab_start_index, int64_t vocab_size,
+                               int64_t teacher_vocab_size, std::string divergence, double beta, double alpha,
+                               double temperature, OptionalTensor row_temperature, Tensor sums, Tensor grad_loss) {
+  const Context context = context_of("full_divergence_backward_", student_logits);
+  launch_full_backward(context,
+                       full_params(context, student_logits, teacher_logits, student_stats, teacher_stats,
+                                   vocab_start_index, vocab_size, teacher_vocab_size, divergence, beta, alpha,
+                                   temperature, row_temperature),
+                       student_logits, sums, grad_loss, vocab_start_index, vocab_size);
+}
+
+Tensor distill_loss_(Tensor logits, Tensor indices, Tensor teacher_log_probs, Tensor teacher_tail, Tensor weights,
+                     std::string divergence, double beta, double alpha, std::string tail,
+                     std::optional<double> teacher_log_prob_min, int64_t vocab_size, double temperature,
+                     OptionalTensor row_temperature) {
+  const Context context = context_of("distill_loss_", logits);
+  DistillLossParams p{};
+  p.logits = view_of(context, "logits", logits, 0, vocab_size);
+  STD_TORCH_CHECK(p.logits.width >= vocab_size, "distill_loss_: logits must hold the whole vocabulary of ", vocab_size,
+                  " columns, got ", p.logits.width);
+  const int64_t num_tokens = p.logits.num_rows;
+  check_tensor(context, "indices", indices, ScalarType::Long, {num_tokens, -1});
+  p.k = indices.size(1);
+  check_scores(context, "teacher_log_probs", teacher_log_probs, {num_tokens, p.k});
+  check_scores(context, "teacher_tail", teacher_tail, {num_tokens});
+  check_scores(context, "weights", weights, {num_tokens});
+  p.temperature = temperature_of(context, temperature, row_temperature, num_tokens);
+  p.vocab_size = vocab_size;
+  p.divergence = parse_divergence(context, divergence, beta, alpha);
+  p.tail = parse_tail(context, tail);
+  p.has_floor = teacher_log_prob_min.has_value();
+  p.teacher_log_prob_min = teacher_log_prob_min.value_or(0);
+  p.indices = static_cast<const int64_t*>(indices.data_ptr());
+  p.teacher_log_probs = teacher_log_probs.data_ptr();
+  p.teacher_tail = teacher_tail.data_ptr();
+  p.weights = weights.data_ptr();
+  Tensor loss = context.empty_scores({num_tokens});
+  p.loss = loss.data_ptr();
+  parallel_rows(num_tokens, p.logits.width, [&](int64_t begin, int64_t end) { cpu::distill_loss(p, begin, end); });
+  return loss;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(opd_engine, CPU, m) {
+  m.impl("bucket_divergence", TORCH_BOX(&bucket_divergence));
+  m.impl("full_divergence", TORCH_BOX(&full_divergence));
+  m.impl("full_divergence_backward", TORCH_BOX(&full_divergence_backward));
+  m.impl("full_divergence_backward_", TORCH_BOX(&full_divergence_backward_));
+  m.impl("distill_loss_", TORCH_BOX(&distill_loss_));
+}
+
+}  // namespace opd::ops
