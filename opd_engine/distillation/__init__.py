@@ -1,0 +1,29 @@
+"""One on-policy distillation step as an algorithm: rollouts, supports, scores, losses, reductions, metrics."""
+
+from __future__ import annotations
+
+from opd_engine.distillation.backend import ModelBackend, ProjectingBackend
+from opd_engine.distillation.cache import ScoreCache
+from opd_engine.distillation.config import OPDConfig
+from opd_engine.distillation.metrics import MetricSums, add_metrics
+from opd_engine.distillation.off_policy import state_weights
+from opd_engine.distillation.reductions import Denominators
+from opd_engine.distillation.rollout import RolloutBatch, concat_rollouts, pack_rollouts
+from opd_engine.distillation.step import ScoredRollouts, distillation_loss, score_rollouts
+
+__all__ = [
+    "Denominators",
+    "MetricSums",
+    "ModelBackend",
+    "OPDConfig",
+    "ProjectingBackend",
+    "RolloutBatch",
+    "ScoreCache",
+    "ScoredRollouts",
+    "add_metrics",
+    "concat_rollouts",
+    "distillation_loss",
+    "pack_rollouts",
+    "score_rollouts",
+    "state_weights",
+]

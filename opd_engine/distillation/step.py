@@ -1,0 +1,287 @@
+"""One step of on-policy distillation: score a rollout once, then a differentiable loss for each micro-batch.
+
+scored = score_rollouts(batch, student, teachers, config)
+for step_batch in the optimizer steps of this rollout:
+    denominators = Denominators.of(step_batch, config, stack_over_data_parallel_ranks)
+    for micro in step_batch.micro_batches(max_tokens=...):
+        loss, metrics = distillation_loss(student.logits(micro), micro, scored, config, student.shard, denominators)
+        loss.backward()                      # gradients SUM over micro-batches and data-parallel ranks
+    optimizer.step(); scored.release(step_batch)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from opd_engine.distillation.cache import ScoreCache
+from opd_engine.distillation.config import OPDConfig
+from opd_engine.distillation.metrics import MetricSums, row_sums
+from opd_engine.distillation.off_policy import state_weights
+from opd_engine.distillation.reductions import Denominators
+from opd_engine.distillation.rollout import RolloutBatch
+from opd_engine.distillation.support import put_supports
+from opd_engine.functional.losses import distill_loss
+from opd_engine.functional.scores import gather_log_probs
+from opd_engine.functional.token_scores import TokenScores
+from opd_engine.parallel.vocab import VocabShard
+from opd_engine.teachers.local import LocalTeacher
+from opd_engine.teachers.mixture import mix_teachers
+from opd_engine.teachers.pool import TeacherPool
+from opd_engine.teachers.protocols import ModelBackend
+
+
+@dataclasses.dataclass
+class ScoredRollouts:
+    """Frozen supports and teacher scores of a rollout batch, on the host.
+
+    cache: ids and scores by sample
+    teachers: the pool that scored, for its order and routing
+    mixture: how several teachers combine
+    vocab_size: the student's real vocabulary
+    """
+
+    cache: ScoreCache
+    teachers: TeacherPool
+    mixture: str
+    vocab_size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory held now."""
+        return self.cache.nbytes
+
+    def support(self, batch: RolloutBatch, device: torch.device | str = "cpu") -> Tensor:
+        """The frozen ids: [num_tokens, k] int64, -1 where absent and on rows that do not count."""
+        return self.cache.support(batch, device)
+
+    def teacher(self, name: str, batch: RolloutBatch, device: torch.device | str = "cpu") -> TokenScores:
+        """One teacher's frozen scores of sequences it scored."""
+        self.teachers.spec(name)
+        return self.cache.scores(batch, [name] * batch.num_seqs, device)
+
+    def release(self, batch: RolloutBatch) -> int:
+        """Call after an optimizer step, with its batch: frees what no later step uses. Returns the bytes freed."""
+        return self.cache.release(batch)
+
+
+def score_rollouts(
+    batch: RolloutBatch, student: ModelBackend, teachers: TeacherPool, config: OPDConfig
+) -> ScoredRollouts:
+    """Choose every row's support with the student as it is now, and let each sample's teachers score it. No gradient.
+
+    batch: this rank's rollouts
+    student: read for its top-k where the support needs it, and for its vocabulary
+
+    Teachers score one after the other, each the samples that are its own.
+
+    Raises:
+        ValueError: a batch or config that is wrong, an unknown teacher, token -> id maps that disagree.
+    Communicates: as topk_log_probs and gather_log_probs, over the shards of the student and the local teachers.
+    """
+    batch.validate()
+    config.validate(vocab_size=student.vocab_size)
+    teachers.check_vocabulary(student.token_to_id())
+    weights = teachers.route(batch, config.mixture)
+    shares = _shares(batch, weights, teachers)
+    cache = ScoreCache(config.optimizer_steps_per_rollout)
+    scored = ScoredRollouts(cache, teachers, config.mixture, student.vocab_size)
+    own = LocalTeacher(student, max_tokens=config.score_batch_tokens)
+    if put_supports(cache, batch, shares, own, teachers, config):
+        return scored
+    for name, sequences in shares.items():
+        for micro in batch.select(sequences).micro_batches(max_tokens=config.score_batch_tokens):
+            scores = teachers.score(
+                name,
+                micro,
+                scored.support(micro),
+                vocab_size=student.vocab_size,
+                target=micro.next_tokens(),
+                temperature=config.temperature,
+            )
+            cache.put_scores(name, micro, scores)
+    return scored
+
+
+def distillation_loss(
+    logits: Tensor,
+    batch: RolloutBatch,
+    scored: ScoredRollouts,
+    config: OPDConfig,
+    shard: VocabShard | None,
+    denominators: Denominators,
+) -> tuple[Tensor, MetricSums]:
+    """This micro-batch's part of the global batch's loss; parts add up over micro-batches and data-parallel ranks.
+
+    logits: [num_tokens, vocab_shard_size] (any leading shape of num_tokens rows), of the current student, row-aligned
+    batch: the micro-batch those logits belong to, any selection and packing of what was scored
+    shard: the columns of this process, or None: all columns are here, those at or above the vocabulary are padding
+    denominators: of this optimizer step's global batch
+
+    Returns:
+        loss: 0-dim float64, differentiable; sum the gradients over data-parallel ranks, do not average them.
+        metrics: sums over this micro-batch's loss rows.
+    Raises:
+        ValueError: rows that do not fit the batch, samples that were not scored, or were freed.
+    Communicates: as gather_log_probs.
+    Mutates: the logits in the backward, with `config.inplace_backward`.
+    Grad: for `logits`; rows of zero weight get exact zeros, whatever they and their teachers' scores hold.
+    """
+    if logits.shape[:-1].numel() != batch.num_tokens:
+        raise ValueError(f"logits: wanted {batch.num_tokens} rows, one a packed token, got shape {list(logits.shape)}")
+    device = logits.device
+    row_weights = denominators.of_rows(batch).to(device)
+    live = row_weights > 0
+    next_tokens = batch.next_tokens().to(device)
+    # A row without weight loses its ids on both sides: no term of it is left to be NaN or infinite.
+    indices = scored.support(batch, device).masked_fill(~live.unsqueeze(1), -1)
+    raw = gather_log_probs(
+        logits,
+        indices,
+        target=next_tokens.masked_fill(~live, -1) if config.needs_student_target else None,
+        temperature=config.temperature,
+        shard=shard or VocabShard(0, logits.shape[-1], scored.vocab_size),
+        inplace_backward=config.inplace_backward,
+    )
+    student = _only_live(raw, indices, live)
+    members, weights = _load_members(batch, scored, indices, live)
+    if config.loss_type == "advantage":
+        losses, divergences = _advantage_losses(student, members, weights, batch, config)
+    else:
+        losses, divergences = _divergence_losses(student, members, weights, config)
+    total = row_weights
+    reached = torch.ones_like(row_weights)
+    if config.state_weight_cap is not None:
+        reached = state_weights(batch, student.target_log_prob, config.state_weight_cap)
+        total = row_weights * reached
+    loss = config.coefficient * torch.where(total > 0, losses.double() * total, 0.0).sum()
+    with torch.no_grad():
+        combined = _combined(members, weights, config.mixture)
+        sums = row_sums(divergences[0], student, combined, live, next_tokens, reached)
+        sums["loss"] = loss.detach()
+        sums["union_dropped"] = float(scored.cache.dropped(batch))
+        for position, name in enumerate(scored.teachers.names):
+            rows = live & (weights[position] > 0)
+            values = divergences[1 + position] if len(divergences) > 1 else divergences[0]
+            finite = rows & values.isfinite()
+            sums[f"rows/{name}"] = rows.sum()
+            sums[f"finite_rows/{name}"] = finite.sum()
+            sums[f"divergence/{name}"] = values.double().where(finite, 0.0).sum()
+    return loss, MetricSums.of(sums, scored.teachers.names, device)
+
+
+def _shares(batch: RolloutBatch, weights: Tensor, teachers: TeacherPool) -> dict[str, list[int]]:
+    """Teacher name -> the sequences in which it scores a row that counts, in pool order."""
+    sequence = batch.row_sequence()
+    rows = (weights > 0) & batch.loss_mask
+    return {name: sequence[rows[position]].unique().tolist() for position, name in enumerate(teachers.names)}
+
+
+def _only_live(scores: TokenScores, indices: Tensor, live: Tensor) -> TokenScores:
+    """Flat scores whose other rows hold constants: all mass in the tail, so a loss of zero and no gradient.
+
+    A product with zero would not do: 0 x NaN is NaN, in the value and in the backward.
+    """
+
+    def flat(value: Tensor | None, fill: float) -> Tensor | None:
+        return None if value is None else torch.where(live, value.reshape(-1), fill)
+
+    return TokenScores(
+        indices=indices,
+        log_probs=torch.where(live.unsqueeze(1), scores.log_probs.reshape(indices.shape), -torch.inf),
+        tail_log_prob=flat(scores.tail_log_prob, 0.0),
+        lse=flat(scores.lse, 0.0),
+        entropy=flat(scores.entropy, 0.0),
+        target_log_prob=flat(scores.target_log_prob, 0.0),
+    )
+
+
+def _load_members(
+    batch: RolloutBatch, scored: ScoredRollouts, indices: Tensor, live: Tensor
+) -> tuple[list[TokenScores], Tensor]:
+    """The teachers' frozen scores on the device, and the weights [teachers, num_tokens].
+
+    Under "route" one TokenScores holds each sequence's own teacher; otherwise one a teacher, in pool order.
+    """
+    teachers, device = scored.teachers, indices.device
+    weights = teachers.route(batch, scored.mixture)
+    shares = _shares(batch, weights, teachers)
+    owners: list[list[str | None]] = [[None] * batch.num_seqs for _ in teachers.names]
+    for position, name in enumerate(teachers.names):
+        for sequence in shares[name]:
+            owners[position][sequence] = name
+    if scored.mixture == "route":
+        owners = [[next((name for name in column if name is not None), None) for column in zip(*owners)]]
+    members = [scored.cache.scores(batch, column, device, indices) for column in owners]
+    return [_only_live(member, indices, live) for member in members], weights.to(device)
+
+
+def _combined(members: list[TokenScores], weights: Tensor, mixture: str) -> TokenScores:
+    """One teacher out of several; of a weighted sum of losses, the arithmetic mixture (for metrics)."""
+    if mixture == "route" or len(members) == 1:
+        return members[0]
+    # Rows that do not count may have no weight at all; there any weights do.
+    weights = weights.where((weights > 0).any(0), 1.0)
+    return mix_teachers(members, weights, mode="geometric" if mixture == "geometric" else "arithmetic")
+
+
+def _divergence_losses(
+    student: TokenScores, members: list[TokenScores], weights: Tensor, config: OPDConfig
+) -> tuple[Tensor, list[Tensor]]:
+    """Loss per row, and [that of the combined teacher, then each teacher's own, if there are several]."""
+
+    def divergence(teacher: TokenScores, of: TokenScores = student) -> Tensor:
+        return distill_loss(
+            of,
+            teacher,
+            divergence=config.divergence,
+            beta=config.beta,
+            alpha=config.alpha,
+            tail=config.tail,
+            teacher_log_prob_min=config.teacher_log_prob_min,
+        )
+
+    if len(members) == 1:
+        losses = divergence(members[0])
+        return losses, [losses.detach()]
+    frozen = dataclasses.replace(
+        student, log_probs=student.log_probs.detach(), tail_log_prob=student.tail_log_prob.detach()
+    )
+    # A teacher without weight in a row may hold NaN there: the student itself stands in, at divergence zero.
+    members = [_stand_in(member, frozen, weights[position] > 0) for position, member in enumerate(members)]
+    if config.mixture != "loss_sum":
+        losses = divergence(_combined(members, weights, config.mixture))
+        with torch.no_grad():
+            return losses, [losses.detach(), *(divergence(member, frozen) for member in members)]
+    shares = (weights / weights.sum(0)).nan_to_num(nan=0.0)
+    parts = [divergence(member) for member in members]
+    losses = sum(torch.where(share > 0, part.double() * share, 0.0) for part, share in zip(parts, shares))
+    return losses, [losses.detach(), *(part.detach() for part in parts)]
+
+
+def _stand_in(teacher: TokenScores, student: TokenScores, rows: Tensor) -> TokenScores:
+    """The teacher on `rows`, the student elsewhere."""
+    return TokenScores(
+        indices=teacher.indices,
+        log_probs=torch.where(rows.unsqueeze(1), teacher.log_probs, student.log_probs.to(teacher.log_probs.dtype)),
+        tail_log_prob=torch.where(rows, teacher.tail_log_prob, student.tail_log_prob.to(teacher.log_probs.dtype)),
+    )
+
+
+def _advantage_losses(
+    student: TokenScores, members: list[TokenScores], weights: Tensor, batch: RolloutBatch, config: OPDConfig
+) -> tuple[Tensor, list[Tensor]]:
+    """Policy gradient of reverse_kl on the sampled token: -(log p - log q_rollout) q / q_rollout."""
+    if batch.rollout_log_probs is None:
+        raise ValueError("rollout_log_probs: loss_type 'advantage' needs them, got None")
+    device = student.tail_log_prob.device
+    rollout = batch.rollout_log_probs.to(device=device, dtype=torch.float64).where(student.indices[:, 0] != -1, 0.0)
+    teacher = _combined(members, weights, config.mixture).log_probs[:, 0].double()
+    if config.teacher_log_prob_min is not None:
+        teacher = teacher.clamp(min=config.teacher_log_prob_min)
+    counts = student.indices[:, 0] != -1
+    advantage = (teacher - rollout).where(counts, 0.0)
+    ratio = (student.target_log_prob.double() - rollout).exp()
+    return -advantage * ratio, [-advantage]

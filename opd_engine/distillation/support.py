@@ -1,0 +1,115 @@
+"""Which ids are compared at each row: the student's top-k, the teachers', their union, or the sampled token.
+
+The student's are the old policy's, taken before any optimizer step on the rollout, and frozen with the scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opd_engine.distillation.cache import ScoreCache
+from opd_engine.distillation.config import OPDConfig
+from opd_engine.distillation.rollout import RolloutBatch
+from opd_engine.functional.token_scores import TokenScores
+from opd_engine.teachers.local import LocalTeacher
+from opd_engine.teachers.pool import TeacherPool
+from opd_engine.teachers.union import union_support
+
+STUDENT = ""
+"""Key of the student among the sources of a union; no teacher can have an empty name."""
+
+
+def put_supports(
+    cache: ScoreCache,
+    batch: RolloutBatch,
+    shares: dict[str, list[int]],
+    student: LocalTeacher,
+    teachers: TeacherPool,
+    config: OPDConfig,
+) -> bool:
+    """Store every sample's support in the cache.
+
+    shares: teacher name -> the sequences it scores
+
+    Returns:
+        True when the teachers' scores at the support are stored too: with one teacher a sample and support
+        "teacher", one pass gives both.
+    """
+    if config.support == "rollout":
+        cache.put_support(batch, batch.next_tokens().unsqueeze(1))
+        return False
+    if config.support == "student":
+        for micro in batch.micro_batches(max_tokens=config.score_batch_tokens):
+            cache.put_support(micro, student.topk(micro, config.k, temperature=config.temperature).indices)
+        return False
+    if config.support == "teacher" and config.mixture == "route" and config.union_cap is None:
+        for name, micro, scores in _teacher_topk(batch, shares, student.vocab_size, teachers, config):
+            cache.put_support(micro, scores.indices)
+            cache.put_scores(name, micro, scores)
+        idle = sorted(set(range(batch.num_seqs)) - {sequence for share in shares.values() for sequence in share})
+        rest = batch.select(idle)
+        cache.put_support(rest, torch.empty(rest.num_tokens, config.k, dtype=torch.int64))
+        return True
+    _put_unions(cache, batch, shares, student, teachers, config)
+    return False
+
+
+def _put_unions(
+    cache: ScoreCache,
+    batch: RolloutBatch,
+    shares: dict[str, list[int]],
+    student: LocalTeacher,
+    teachers: TeacherPool,
+    config: OPDConfig,
+) -> None:
+    """Every source's top-k first, one model after the other, so that one model at a time need be resident."""
+    sources: dict[str, ScoreCache] = {}
+    if config.support == "union":
+        sources[STUDENT] = ScoreCache()
+        for micro in batch.micro_batches(max_tokens=config.score_batch_tokens):
+            scores = student.topk(micro, config.k, temperature=config.temperature)
+            sources[STUDENT].put_support(micro, scores.indices)
+            sources[STUDENT].put_scores(STUDENT, micro, scores)
+    for name, micro, scores in _teacher_topk(batch, shares, student.vocab_size, teachers, config):
+        source = sources.setdefault(name, ScoreCache())
+        source.put_support(micro, scores.indices)
+        source.put_scores(name, micro, scores)
+    scored_by = {name: set(share) for name, share in shares.items()}
+    first = 0
+    for micro in batch.micro_batches(max_tokens=config.score_batch_tokens):
+        here = range(first, first + micro.num_seqs)
+        first += micro.num_seqs
+        lists: list[TokenScores] = []
+        for name, source in sources.items():
+            owners = [name if name == STUDENT or sequence in scored_by[name] else None for sequence in here]
+            if any(owner is not None for owner in owners):
+                lists.append(source.scores(micro, owners))
+        if not lists:
+            cache.put_support(micro, torch.full((micro.num_tokens, 1), -1, dtype=torch.int64))
+            continue
+        union = union_support(lists, config.union_cap)
+        cache.put_support(micro, _trimmed(union.indices), union.dropped)
+
+
+def _teacher_topk(
+    batch: RolloutBatch, shares: dict[str, list[int]], vocab_size: int, teachers: TeacherPool, config: OPDConfig
+):
+    """Yields (teacher, micro-batch, its top-k there), teacher by teacher."""
+    for name, sequences in shares.items():
+        for micro in batch.select(sequences).micro_batches(max_tokens=config.score_batch_tokens):
+            scores = teachers.topk(
+                name,
+                micro,
+                config.k,
+                vocab_size=vocab_size,
+                target=micro.next_tokens(),
+                temperature=config.temperature,
+            )
+            yield name, micro, scores
+
+
+def _trimmed(indices: Tensor) -> Tensor:
+    """Without the columns that no row of this micro-batch uses."""
+    widest = int((indices != -1).sum(-1).max()) if indices.numel() else 1
+    return indices[:, : max(widest, 1)]

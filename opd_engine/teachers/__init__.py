@@ -1,0 +1,25 @@
+"""Who scores: named teachers, the routing of samples to them, mixtures, union supports, vocabularies that differ."""
+
+from __future__ import annotations
+
+from opd_engine.teachers.local import LocalTeacher
+from opd_engine.teachers.mixture import mix_teachers
+from opd_engine.teachers.pool import TeacherPool
+from opd_engine.teachers.protocols import ModelBackend, ProjectingBackend, Teacher
+from opd_engine.teachers.spec import TeacherSpec
+from opd_engine.teachers.union import UnionSupport, union_support
+from opd_engine.teachers.vocabularies import check_token_maps, rebucket
+
+__all__ = [
+    "LocalTeacher",
+    "ModelBackend",
+    "ProjectingBackend",
+    "Teacher",
+    "TeacherPool",
+    "TeacherSpec",
+    "UnionSupport",
+    "check_token_maps",
+    "mix_teachers",
+    "rebucket",
+    "union_support",
+]

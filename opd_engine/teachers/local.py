@@ -1,0 +1,159 @@
+"""A teacher in this process: any ModelBackend, run without gradient, in eval mode, a bounded number of rows at a time.
+
+At most `max_tokens` rows of logits exist at once (a single longer sequence excepted, unless the backend can project
+rows by itself). Under tensor parallelism every rank makes the same calls and gets the same scores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from opd_engine.functional.scores import gather_log_probs, topk_log_probs
+from opd_engine.functional.token_scores import TokenScores
+from opd_engine.parallel.vocab import VocabShard
+from opd_engine.teachers.protocols import ModelBackend, ProjectingBackend, ScoringBatch
+
+ScoreRows = Callable[[Tensor, Tensor], TokenScores]
+
+
+class LocalTeacher:
+    """A teacher that wraps a model backend.
+
+    backend: the model; its `module`, if it has one, is put in eval mode while it scores and left as it was found
+    max_tokens: rows of logits at once, [max_tokens, vocab_shard_size]
+    """
+
+    def __init__(self, backend: ModelBackend, *, max_tokens: int = 8192) -> None:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens: wanted at least 1, got {max_tokens}")
+        self.backend = backend
+        self.max_tokens = max_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.vocab_size
+
+    def token_to_id(self) -> Mapping[str, int] | None:
+        return self.backend.token_to_id()
+
+    def score(
+        self, batch: ScoringBatch, indices: Tensor, *, target: Tensor | None = None, temperature: float = 1.0
+    ) -> TokenScores:
+        """Log-probs at given ids.
+
+        indices: [num_tokens, k] int64, -1 absent
+        target: [num_tokens] int64 or None
+
+        Returns:
+            flat TokenScores on the logits' device, defined where `loss_mask` is True.
+        Communicates: as gather_log_probs, over the backend's shard.
+        """
+        if indices.dim() != 2 or indices.shape[0] != batch.num_tokens:
+            raise ValueError(f"indices: wanted [num_tokens={batch.num_tokens}, k], got {list(indices.shape)}")
+
+        def score_rows(logits: Tensor, rows: Tensor) -> TokenScores:
+            return gather_log_probs(
+                logits,
+                _at(indices, rows, logits.device),
+                target=None if target is None else _at(target, rows, logits.device),
+                temperature=temperature,
+                shard=self._shard(logits),
+            )
+
+        return self._walk(batch, score_rows, indices)
+
+    def topk(
+        self, batch: ScoringBatch, k: int, *, target: Tensor | None = None, temperature: float = 1.0
+    ) -> TokenScores:
+        """The model's own top-k; otherwise as `score`."""
+
+        def score_rows(logits: Tensor, rows: Tensor) -> TokenScores:
+            return topk_log_probs(
+                logits,
+                k,
+                target=None if target is None else _at(target, rows, logits.device),
+                temperature=temperature,
+                shard=self._shard(logits),
+            )
+
+        return self._walk(batch, score_rows, torch.full((batch.num_tokens, k), -1, dtype=torch.int64))
+
+    def _shard(self, logits: Tensor) -> VocabShard:
+        return self.backend.shard or VocabShard(0, logits.shape[-1], self.vocab_size)
+
+    def _walk(self, batch: ScoringBatch, score_rows: ScoreRows, absent: Tensor) -> TokenScores:
+        """Run the model over micro-batches and put the rows' scores in their places."""
+        result: dict[str, Tensor] = {}
+        start = 0
+        with torch.no_grad(), scoring_mode(self.backend):
+            for micro in batch.micro_batches(max_tokens=self.max_tokens):
+                for rows, logits in self._logits(micro):
+                    scores = score_rows(logits, rows + start)
+                    for name, value in _fields(scores).items():
+                        if name not in result:
+                            result[name] = _unscored(name, value, batch.num_tokens)
+                        result[name][(rows + start).to(value.device)] = value
+                    # Free this chunk before the next one is made: two would double the bound.
+                    del logits, scores
+                start += micro.num_tokens
+        if not result:
+            device = batch.tokens.device
+            rows, width = absent.shape
+            return TokenScores(
+                indices=torch.full((rows, width), -1, dtype=torch.int64, device=device),
+                log_probs=torch.full((rows, width), -torch.inf, device=device),
+                tail_log_prob=torch.zeros(rows, device=device),
+                lse=torch.full((rows,), torch.nan, device=device),
+                entropy=torch.full((rows,), torch.nan, device=device),
+                target_log_prob=torch.full((rows,), -torch.inf, device=device),
+            )
+        return TokenScores(**result)
+
+    def _logits(self, micro: ScoringBatch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of (rows of the micro-batch, their logits)."""
+        if not isinstance(self.backend, ProjectingBackend):
+            logits = self.backend.logits(micro)
+            if logits.dim() != 2 or logits.shape[0] != micro.num_tokens:
+                raise ValueError(
+                    f"logits: wanted [num_tokens={micro.num_tokens}, vocab] of the backend, got {list(logits.shape)}"
+                )
+            yield torch.arange(micro.num_tokens), logits
+            return
+        hidden = self.backend.hidden(micro)
+        wanted = micro.loss_mask.nonzero().flatten().cpu()
+        for rows in wanted.split(self.max_tokens):
+            if rows.numel():
+                yield rows, self.backend.project(hidden[rows.to(hidden.device)])
+
+
+@contextlib.contextmanager
+def scoring_mode(backend: ModelBackend) -> Iterator[None]:
+    """Eval mode for the backend's module; every submodule's own mode is restored, also after an exception."""
+    module = getattr(backend, "module", None)
+    modes = [] if module is None else [(m, m.training) for m in module.modules()]
+    try:
+        if module is not None:
+            module.eval()
+        yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
+
+
+def _at(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    return values[rows.to(values.device)].to(device)
+
+
+def _fields(scores: TokenScores) -> dict[str, Tensor]:
+    names = ("indices", "log_probs", "tail_log_prob", "lse", "entropy", "target_log_prob")
+    return {name: getattr(scores, name) for name in names if getattr(scores, name) is not None}
+
+
+def _unscored(name: str, like: Tensor, num_tokens: int) -> Tensor:
+    """What a row that was not scored holds: no ids, and all mass in the tail, so that it is harmless when masked."""
+    fill = {"indices": -1, "tail_log_prob": 0.0, "lse": torch.nan, "entropy": torch.nan}.get(name, -torch.inf)
+    return like.new_full((num_tokens, *like.shape[1:]), fill)

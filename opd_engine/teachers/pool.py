@@ -1,0 +1,242 @@
+"""TeacherPool: named teachers in a fixed order, which of them score which sample, and scores in the student's ids.
+
+It knows nothing of how a teacher runs. Order is the order of insertion, the same on every rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from opd_engine.functional.token_scores import TokenScores
+from opd_engine.teachers.protocols import ScoringBatch, Teacher
+from opd_engine.teachers.spec import TeacherSpec
+from opd_engine.teachers.vocabularies import askable, check_token_maps, rebucket
+
+
+class TeacherPool:
+    """Named teachers.
+
+    teachers: pairs of (TeacherSpec or name, teacher), or a mapping from name to teacher
+
+    Raises:
+        ValueError: no teachers, a name given twice, or an object that is no teacher.
+    """
+
+    def __init__(self, teachers: Iterable[tuple[TeacherSpec | str, Teacher]] | Mapping[str, Teacher]) -> None:
+        self._specs: dict[str, TeacherSpec] = {}
+        self._teachers: dict[str, Teacher] = {}
+        pairs = teachers.items() if isinstance(teachers, Mapping) else teachers
+        for given, teacher in pairs:
+            spec = TeacherSpec(name=given) if isinstance(given, str) else given
+            if spec.name in self._specs:
+                raise ValueError(f"teachers: the name {spec.name!r} is given twice; known: {self._known()}")
+            if not isinstance(teacher, Teacher):
+                raise ValueError(
+                    f"teacher {spec.name!r}: wanted an object with vocab_size, score, topk and token_to_id, "
+                    f"got {type(teacher).__name__}"
+                )
+            self._specs[spec.name] = spec
+            self._teachers[spec.name] = teacher
+        if not self._specs:
+            raise ValueError("teachers: wanted at least one, got none")
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._specs
+
+    def __getitem__(self, name: str) -> Teacher:
+        self.spec(name)
+        return self._teachers[name]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._specs)
+
+    def spec(self, name: str) -> TeacherSpec:
+        """The spec of a teacher.
+
+        Raises:
+            ValueError: for an unknown name, listing the known ones.
+        """
+        if name not in self._specs:
+            raise ValueError(f"teacher: {name!r} is not known; known: {self._known()}")
+        return self._specs[name]
+
+    def temperature(self, name: str, default: float) -> float:
+        """The temperature a teacher scores at: its own, or the student's."""
+        own = self.spec(name).temperature
+        return default if own is None else own
+
+    def route(self, batch: ScoringBatch, mixture: str = "route") -> Tensor:
+        """Who scores what, with what weight.
+
+        mixture: "route" gives every sample exactly one teacher; any other mode may give it several
+
+        A sample names one teacher, several, or "": then it is the pool's only teacher under "route", and all of them
+        otherwise. Weights are the specs', or the batch's `teacher_weights` (a sequence or a row each) where they name
+        the teacher; only their proportions within a row count.
+
+        Returns:
+            weights [teachers in pool order, num_tokens] float64, on the batch's device; 0: does not score that row.
+        Raises:
+            ValueError: an unknown name; under "route", more than one teacher for a sample; a weight below zero; a row
+                that counts and has no weight above zero.
+        """
+        given = batch.teacher_weights or {}
+        for name in given:
+            self.spec(name)
+        if mixture == "route" and given:
+            raise ValueError("teacher_weights: mixture 'route' takes one teacher a sample and no weights")
+        order = {name: position for position, name in enumerate(self._specs)}
+        member = torch.zeros(len(self), batch.num_seqs, dtype=torch.bool)
+        for sequence, wanted in enumerate(batch.teacher_names):
+            names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+            if names in ((), ("",)):
+                names = self.names
+                if mixture == "route" and len(self) > 1:
+                    raise ValueError(
+                        f"teacher_names[{sequence}]: names no teacher and there are {len(self)}; known: {self._known()}"
+                    )
+            if mixture == "route" and len(names) != 1:
+                raise ValueError(
+                    f"teacher_names[{sequence}]: mixture 'route' takes one teacher a sample, got {list(names)}"
+                )
+            for name in names:
+                self.spec(name)
+                member[order[name], sequence] = True
+        device = batch.tokens.device
+        row_sequence = batch.row_sequence()
+        weights = torch.zeros(len(self), batch.num_tokens, dtype=torch.float64, device=device)
+        for name, position in order.items():
+            own: Tensor | float = 1.0 if mixture == "route" else self._specs[name].weight
+            if name in given:
+                own = given[name].to(device=device, dtype=torch.float64)
+                own = own if own.shape[0] == batch.num_tokens else own[row_sequence]
+                if not bool((own.isfinite() & (own >= 0)).all()):
+                    raise ValueError(f"teacher_weights[{name!r}]: wanted finite weights >= 0, got {own.min().item()}")
+            weights[position] = member[position].to(device)[row_sequence] * own
+        alone = (batch.loss_mask & ~(weights > 0).any(0)).nonzero().flatten()
+        if alone.numel():
+            sequence = int(row_sequence[alone[0]])
+            raise ValueError(
+                f"teacher_names[{sequence}] = {batch.teacher_names[sequence]!r}: row {int(alone[0])} counts, but no "
+                "teacher has a weight above zero there"
+            )
+        return weights
+
+    def check_vocabulary(self, token_to_id: Mapping[str, int] | None) -> None:
+        """Compare every teacher's token -> id map with the student's; a side without a map is not compared.
+
+        Raises:
+            ValueError: naming the teacher and the first disagreements.
+        """
+        if token_to_id is None:
+            return
+        for name, teacher in self._teachers.items():
+            other = teacher.token_to_id()
+            if other is not None:
+                check_token_maps(token_to_id, other, teacher_name=f"teacher {name!r}")
+
+    def score(
+        self,
+        name: str,
+        batch: ScoringBatch,
+        indices: Tensor,
+        *,
+        vocab_size: int,
+        target: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> TokenScores:
+        """A teacher's log-probs at the student's ids, whatever prompt and vocabulary the teacher has.
+
+        indices: [num_tokens, k] int64 in the student's vocabulary, -1 absent
+        vocab_size: the student's real vocabulary
+        temperature: used where the spec has none
+
+        Returns:
+            TokenScores with `indices` as given; ids the teacher lacks have log-prob -inf.
+        """
+        teacher, spec = self[name], self.spec(name)
+        view, rows = batch.teacher_view() if spec.teacher_tokens else (batch, None)
+        asked = askable(indices, teacher.vocab_size)
+        asked_target = None if target is None else askable(target, teacher.vocab_size)
+        if rows is not None:
+            asked = _scatter(asked, rows, view.num_tokens)
+            asked_target = None if asked_target is None else _scatter(asked_target, rows, view.num_tokens)
+        scores = teacher.score(view, asked, target=asked_target, temperature=self.temperature(name, temperature))
+        if rows is not None:
+            scores = _gather(scores, rows)
+        return rebucket(scores, vocab_size=vocab_size, asked=indices.to(scores.indices.device))
+
+    def topk(
+        self,
+        name: str,
+        batch: ScoringBatch,
+        k: int,
+        *,
+        vocab_size: int,
+        target: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> TokenScores:
+        """A teacher's own top-k in the student's vocabulary: ids the student lacks are absent, their mass in the tail.
+
+        A teacher with fewer than k tokens gives all of them, then -1.
+        """
+        teacher, spec = self[name], self.spec(name)
+        view, rows = batch.teacher_view() if spec.teacher_tokens else (batch, None)
+        asked_target = None if target is None else askable(target, teacher.vocab_size)
+        if rows is not None and asked_target is not None:
+            asked_target = _scatter(asked_target, rows, view.num_tokens)
+        width = min(k, teacher.vocab_size)
+        scores = teacher.topk(view, width, target=asked_target, temperature=self.temperature(name, temperature))
+        if rows is not None:
+            scores = _gather(scores, rows)
+        if width < k:
+            pad = (0, k - width)
+            scores = dataclasses.replace(
+                scores,
+                indices=torch.nn.functional.pad(scores.indices, pad, value=-1),
+                log_probs=torch.nn.functional.pad(scores.log_probs, pad, value=-torch.inf),
+            )
+        return rebucket(scores, vocab_size=vocab_size)
+
+    def _known(self) -> str:
+        return ", ".join(self._specs)
+
+
+def _scatter(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Put row i of `values` at row rows[i] of a fresh tensor of absent ids."""
+    here = (rows >= 0).nonzero().flatten()
+    placed = values.new_full((num_rows, *values.shape[1:]), -1)
+    placed[rows[here].to(values.device)] = values[here.to(values.device)]
+    return placed
+
+
+def _gather(scores: TokenScores, rows: Tensor) -> TokenScores:
+    """Scores of the teacher's own rows, brought back to the batch's; rows it does not have are absent, harmless."""
+    rows = rows.to(scores.indices.device)
+    known, source = rows >= 0, rows.clamp(min=0)
+
+    def back(value: Tensor | None, fill: float) -> Tensor | None:
+        if value is None:
+            return None
+        mask = known if value.dim() == 1 else known.unsqueeze(-1)
+        return value[source].masked_fill(~mask, fill)
+
+    return TokenScores(
+        indices=back(scores.indices, -1),
+        log_probs=back(scores.log_probs, -torch.inf),
+        tail_log_prob=back(scores.tail_log_prob, 0.0),
+        lse=back(scores.lse, torch.nan),
+        entropy=back(scores.entropy, torch.nan),
+        target_log_prob=back(scores.target_log_prob, -torch.inf),
+    )

@@ -1,0 +1,99 @@
+"""What the teachers' floor asks of others: a batch to score, a model to run, and what a teacher itself promises.
+
+Structural types only. RolloutBatch (opd_engine.distillation) is the batch; frameworks implement ModelBackend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from opd_engine.functional.token_scores import TokenScores
+from opd_engine.parallel.vocab import VocabShard
+
+
+class ScoringBatch(Protocol):
+    """Packed sequences: what RolloutBatch has that scoring needs. Row i predicts packed token i + 1."""
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    loss_mask: Tensor
+    teacher_names: list
+    teacher_weights: Mapping[str, Tensor] | None
+    teacher_prompts: list[Tensor | None] | None
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_seqs(self) -> int: ...
+
+    def row_sequence(self) -> Tensor: ...
+
+    def micro_batches(self, max_tokens: int | None = None, max_seqs: int | None = None) -> Sequence[ScoringBatch]: ...
+
+    def teacher_view(self) -> tuple[ScoringBatch, Tensor]: ...
+
+
+@runtime_checkable
+class ModelBackend(Protocol):
+    """A model that turns a packed batch into logits.
+
+    vocab_size: the real vocabulary; padding columns of the logits lie at or above it
+    shard: the columns of the vocabulary that this process holds, or None for all of them, padding included
+
+    A backend may also have `module` (a torch.nn.Module): it is then put in eval mode while it scores and left as it was
+    found. Under tensor parallelism every rank of the shard's group makes the same calls in the same order.
+    """
+
+    vocab_size: int
+    shard: VocabShard | None
+
+    def logits(self, batch: ScoringBatch) -> Tensor:
+        """Logits [num_tokens, vocab_shard_size], row-aligned: row i predicts packed token i + 1."""
+        ...
+
+    def token_to_id(self) -> Mapping[str, int] | None:
+        """The tokenizer's map, or None where there is no tokenizer to compare."""
+        ...
+
+
+@runtime_checkable
+class ProjectingBackend(ModelBackend, Protocol):
+    """A backend that can stop before the LM head, so that scoring projects only the rows it needs, in chunks."""
+
+    def hidden(self, batch: ScoringBatch) -> Tensor:
+        """Hidden states before the LM head [num_tokens, hidden_size], row-aligned."""
+        ...
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, vocab_shard_size] of those rows, soft-cap applied."""
+        ...
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Anything that can score rollouts. Results are flat [num_tokens, ...] and defined where `loss_mask` is True.
+
+    vocab_size: the teacher's own real vocabulary, over which it normalises
+    """
+
+    vocab_size: int
+
+    def score(
+        self, batch: ScoringBatch, indices: Tensor, *, target: Tensor | None = None, temperature: float = 1.0
+    ) -> TokenScores:
+        """Log-probs at `indices` [num_tokens, k] (-1 absent) and, if given, of `target` [num_tokens]; no gradient."""
+        ...
+
+    def topk(
+        self, batch: ScoringBatch, k: int, *, target: Tensor | None = None, temperature: float = 1.0
+    ) -> TokenScores:
+        """The teacher's own top-k; no gradient."""
+        ...
+
+    def token_to_id(self) -> Mapping[str, int] | None:
+        """The tokenizer's map, or None where there is none to compare."""
+        ...
