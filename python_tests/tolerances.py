@@ -17,8 +17,8 @@ FACTOR = 2.0
 TAIL_ULP = 4.0
 
 # Relative to max(1, |value|) for scores and losses, to the largest element (and to the norm) for gradients. float64's
-# floor is the oracle's own error, for there eager and oracle are the same text. A gradient's floor in a half dtype is an
-# eighth of its eps: less than 1% by far, so that a 1% error is seen.
+# floor is the oracle's own error, for there eager and oracle are the same text. A gradient's floor in a half dtype is
+# an eighth of its eps: less than 1% by far, so that a 1% error is seen.
 FLOOR = {
     ("score", torch.float64): 1e-13,
     ("score", torch.float32): 5e-7,
@@ -94,13 +94,14 @@ def check(quantity: str, dtype: torch.dtype, ours: Tensor, oracle: Tensor, eager
             limit = TAIL_ULP * torch.finfo(ours.dtype).eps + (1e-14 if ours.dtype == torch.float64 else 0.0)
         record(dtype, quantity + suffix, error / limit, error, eager_error, where)
         if not error <= limit:
-            raise Mismatch(
-                f"{where} {quantity}{suffix} {NAMES[dtype]}: error {error:.3g}, eager torch's {eager_error:.3g}, allowed {limit:.3g}"
-            )
+            measured = f"error {error:.3g}, eager torch's {eager_error:.3g}, allowed {limit:.3g}"
+            raise Mismatch(f"{where} {quantity}{suffix} {NAMES[dtype]}: {measured}")
 
 
 def _worst_element(values: Tensor, truth: Tensor, quantity: str) -> float:
     scale = truth.abs().max() if quantity == "gradient" else truth.abs().clamp_min(1.0)
+    if quantity == "tail":
+        scale = torch.exp2(scale.log2().floor())  # so that the error is in eps, one ulp each
     difference = (values - truth).abs()
     return (torch.where(difference == 0, 0.0, difference / scale)).max().item()
 

@@ -1,6 +1,7 @@
 """Prints, after the tests, the worst error of every dtype and quantity that was compared with the oracle."""
 
 import pytest
+
 import tolerances
 
 
