@@ -25,6 +25,28 @@ except ImportError as error:
         f"The import said: {error}"
     ) from error
 
-from opd_engine.ops import debug  # noqa: E402  (after the checks above)
+from opd_engine.functional import (
+    TokenScores,
+    distill_loss,
+    full_distill_loss,
+    gather_log_probs,
+    topk_log_probs,
+)
 
-__all__ = ["__version__", "debug"]
+# ruff: noqa: E402  (the floors load only where the checks above passed)
+from opd_engine.functional import TokenScores, distill_loss, full_distill_loss, gather_log_probs, topk_log_probs
+from opd_engine.ops import debug
+from opd_engine.parallel import VocabShard
+from opd_engine.teachers import mix_teachers
+
+__all__ = [
+    "TokenScores",
+    "VocabShard",
+    "__version__",
+    "debug",
+    "distill_loss",
+    "full_distill_loss",
+    "gather_log_probs",
+    "mix_teachers",
+    "topk_log_probs",
+]

@@ -1,0 +1,11 @@
+"""F3: the public functions on logits, and their autograd.
+
+Read token_scores.py (what a model says about a support), scores.py (how it is computed), losses.py, full.py.
+"""
+
+from opd_engine.functional.full import full_distill_loss
+from opd_engine.functional.losses import distill_loss
+from opd_engine.functional.scores import gather_log_probs, topk_log_probs
+from opd_engine.functional.token_scores import TokenScores
+
+__all__ = ["TokenScores", "distill_loss", "full_distill_loss", "gather_log_probs", "topk_log_probs"]

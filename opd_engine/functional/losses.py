@@ -1,0 +1,142 @@
+"""distill_loss: the divergence between two models on the k + 1 buckets of a support and its tail.
+
+Bound: none worth the name, [T, k] in and [T] out; it never sees logits and never communicates.
+The mathematics of the terms and their gradients is in docs/math.md; masking is by index, never 0 x inf.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opd_engine import ops  # noqa: F401  (registers torch.ops.opd_engine)
+from opd_engine.functional.arguments import check_device, check_divergence, check_tail_mode, debugging, shape_choice
+from opd_engine.functional.token_scores import TokenScores
+
+Divergence = str | Callable[[TokenScores, TokenScores], Tensor]
+
+
+def distill_loss(
+    student: TokenScores,
+    teacher: TokenScores,
+    *,
+    divergence: Divergence = "reverse_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    tail: str = "bucket",
+    teacher_log_prob_min: float | None = None,
+) -> Tensor:
+    """The divergence between student and teacher in every row, on the same ids in the same order.
+
+    Equation: docs/math.md (16) to (20) on the buckets (28) to (30), floor (31), (32); its gradient (23) to (27)
+    student: TokenScores [*, k], float64 or float32; the loss flows back through log_probs and tail_log_prob
+    teacher: TokenScores [*, k] or flat [T, k], no grad, cast to the student's dtype
+    divergence: "forward_kl" KL(teacher || student), "reverse_kl" KL(student || teacher), "jsd", "skew_forward_kl",
+        "skew_reverse_kl", or a function of the two TokenScores that gives the loss per row
+    beta: 0 <= beta <= 1, for jsd: 0 is forward_kl and 1 is reverse_kl by convention
+    alpha: 0 <= alpha < 1, for the skewed ones: the share of the first distribution in the mixture
+    tail: "bucket" (the rest of the vocabulary is one more category), "truncate" (terms of the support alone) or
+        "renormalize" (both distributions conditioned on the support)
+    teacher_log_prob_min: floor of the teacher's log-probs, <= 0, or None for off
+    Returns: [*] of the student's dtype. Rows that do not count are to be masked with torch.where, never by x 0.
+    Raises: ValueError where an argument is not as above, shapes or devices differ, or a teacher score requires grad;
+        under debug also where the ids differ. Arguments that the divergence does not use are ignored.
+    Communicates: nothing. Mutates: nothing.
+    Precision: the student's dtype; terms whose buckets sum to 1 are computed in forms that do not cancel.
+    Grad: for student.log_probs and student.tail_log_prob, once differentiable; absent ids and rows whose upstream
+        gradient is zero receive exactly 0. A user's function differentiates whatever it reads.
+    Source: the tail bucket follows from the data-processing inequality (a lower bound of the full divergence); the
+        generalised JSD is that of GKD (Agarwal et al., 2023), the skewed ones that of DistiLLM (Ko et al., 2024).
+    """
+    student, teacher = _check_scores(student, teacher)
+    if callable(divergence):
+        return _user_loss(divergence, student, teacher)
+    check_divergence(divergence, beta, alpha)
+    check_tail_mode(tail, teacher_log_prob_min)
+    num_rows, k = student.tail_log_prob.numel(), student.k
+    loss = _BucketDivergence.apply(
+        student.indices.reshape(num_rows, k).to(torch.int64),
+        student.log_probs.reshape(num_rows, k),
+        student.tail_log_prob.reshape(num_rows),
+        teacher.log_probs.reshape(num_rows, k),
+        teacher.tail_log_prob.reshape(num_rows),
+        divergence,
+        float(beta) if divergence == "jsd" else 0.5,
+        float(alpha) if divergence.startswith("skew_") else 0.0,
+        tail,
+        None if teacher_log_prob_min is None else float(teacher_log_prob_min),
+    )
+    return loss.view(student.leading_shape)
+
+
+class _BucketDivergence(torch.autograd.Function):
+    """The op gives the loss and its derivatives at once; a second derivative through those would be incomplete."""
+
+    @staticmethod
+    def forward(ctx, *arguments) -> Tensor:
+        loss, grad_log_probs, grad_tail = torch.ops.opd_engine.bucket_divergence(*arguments)
+        ctx.save_for_backward(grad_log_probs, grad_tail)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss: Tensor):
+        grad_log_probs, grad_tail = ctx.saved_tensors
+        # A masked row has a zero upstream gradient and may have an infinite derivative: 0 x inf is not 0.
+        masked = d_loss == 0
+        d_log_probs = (grad_log_probs * d_loss.unsqueeze(1)).masked_fill(masked.unsqueeze(1), 0)
+        d_tail = (grad_tail * d_loss).masked_fill(masked, 0)
+        return None, d_log_probs, d_tail, None, None, None, None, None, None, None
+
+
+def _check_scores(student: TokenScores, teacher: TokenScores) -> tuple[TokenScores, TokenScores]:
+    """Both sides under the student's leading shape, the teacher in the student's dtype."""
+    for name, scores in (("student", student), ("teacher", teacher)):
+        if not isinstance(scores, TokenScores):
+            raise ValueError(f"{name}: wanted TokenScores, got {type(scores).__name__}")
+    dtype = student.log_probs.dtype
+    if dtype not in (torch.float32, torch.float64) or student.tail_log_prob.dtype != dtype:
+        raise ValueError(
+            "student: wanted log_probs and tail_log_prob both float32 or both float64, "
+            f"got {dtype} and {student.tail_log_prob.dtype}"
+        )
+    if teacher.requires_grad:
+        wanting = [name for name in _score_names(teacher) if getattr(teacher, name).requires_grad]
+        raise ValueError(f"teacher: wanted constant scores, got {', '.join(wanting)} that require grad; use .detach()")
+    num_rows = student.leading_shape.numel()
+    if teacher.k != student.k or teacher.leading_shape not in (student.leading_shape, (num_rows,)):
+        wanted = shape_choice(student.leading_shape, num_rows, str(student.k))
+        raise ValueError(f"teacher: wanted scores of the student's {wanted}, got {list(teacher.indices.shape)}")
+    check_device(teacher.log_probs, "teacher", student.log_probs, "the student")
+    if teacher.leading_shape != student.leading_shape:
+        teacher = teacher.reshape(*student.leading_shape)
+    if debugging():
+        differs = (student.indices != teacher.indices).reshape(num_rows, -1)
+        if bool(differs.any()):
+            row, column = differs.nonzero()[0].tolist()
+            theirs, ours = (one.indices.reshape(num_rows, -1)[row, column].item() for one in (teacher, student))
+            raise ValueError(
+                f"teacher: wanted the student's ids in the same order, got {theirs} for {ours} in row {row}, "
+                f"column {column}"
+            )
+    return student, teacher.to(dtype=dtype)
+
+
+def _score_names(scores: TokenScores) -> list[str]:
+    names = [field.name for field in dataclasses.fields(scores) if field.name != "indices"]
+    return [name for name in names if getattr(scores, name) is not None]
+
+
+def _user_loss(divergence: Callable[[TokenScores, TokenScores], Tensor], student: TokenScores, teacher: TokenScores):
+    loss = divergence(student, teacher)
+    if not isinstance(loss, Tensor) or loss.shape != student.leading_shape or not loss.is_floating_point():
+        got = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            "divergence: wanted a function that gives one floating loss per row, "
+            f"{list(student.leading_shape)}, got {got}"
+        )
+    return loss.to(student.log_probs.dtype)

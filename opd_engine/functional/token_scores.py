@@ -1,0 +1,111 @@
+"""TokenScores: what one model says, in each row, about the k ids of a support and about everything off it.
+
+k + 1 buckets a row instead of a vocabulary: this is all that crosses from a teacher to a student, or to the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+@dataclass(kw_only=True, eq=False)
+class TokenScores:
+    """One model's log-probabilities of k ids a row, under its whole vocabulary. `[T]` may be any leading shape `[*]`.
+
+    indices: [T, k], integer, global ids, distinct in a row; -1 marks an absent one
+    log_probs: [T, k], floating, of those ids; -inf where the id is absent
+    tail_log_prob: [T], the log of the probability of everything else
+    lse: [T] or None, log sum exp of logits / temperature over the whole vocabulary
+    entropy: [T] or None, of the whole distribution, in nats
+    target_log_prob: [T] or None, of one further id a row (the token that was sampled)
+    Raises: ValueError where a field is no tensor, has the wrong kind of dtype, another device or a shape that does
+        not match; values are not looked at.
+    """
+
+    indices: Tensor
+    log_probs: Tensor
+    tail_log_prob: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    target_log_prob: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.indices, Tensor) or self.indices.dtype not in _INTEGERS:
+            got = self.indices.dtype if isinstance(self.indices, Tensor) else type(self.indices).__name__
+            raise ValueError(f"indices: wanted an integer tensor [T, k], got {got}")
+        if self.indices.dim() < 1:
+            raise ValueError(f"indices: wanted [T, k], got shape {tuple(self.indices.shape)}")
+        for name in ("log_probs", "tail_log_prob", "lse", "entropy", "target_log_prob"):
+            value = getattr(self, name)
+            if value is None and name not in ("log_probs", "tail_log_prob"):
+                continue
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name}: wanted a floating tensor, got {got}")
+            wanted = self.indices.shape if name == "log_probs" else self.indices.shape[:-1]
+            if value.shape != wanted:
+                raise ValueError(f"{name}: wanted shape {tuple(wanted)} to match indices, got {tuple(value.shape)}")
+            if value.device != self.indices.device:
+                raise ValueError(f"{name}: wanted the device of indices, {self.indices.device}, got {value.device}")
+
+    @property
+    def k(self) -> int:
+        """Ids a row."""
+        return self.indices.size(-1)
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        """The shape of the rows, [*]."""
+        return self.indices.shape[:-1]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of the scores does."""
+        return any(value.requires_grad for name, value in self._tensors() if name != "indices")
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False
+    ) -> TokenScores:
+        """The scores on another device, in another floating dtype; ids keep theirs."""
+
+        def move(name: str, value: Tensor) -> Tensor:
+            return value.to(device=device, dtype=None if name == "indices" else dtype, non_blocking=non_blocking)
+
+        return self._map(move)
+
+    def detach(self) -> TokenScores:
+        """The same values outside any graph."""
+        return self._map(lambda _, value: value.detach())
+
+    def reshape(self, *leading_shape: int) -> TokenScores:
+        """The same rows under another leading shape; reshape(-1) is the flat [T, k]."""
+
+        def lay_out(name: str, value: Tensor) -> Tensor:
+            return (
+                value.reshape(*leading_shape, value.size(-1))
+                if name in ("indices", "log_probs")
+                else value.reshape(*leading_shape)
+            )
+
+        # A size of -1 cannot be inferred from nothing: with k = 0 the rows' number must be spelled out.
+        if -1 in leading_shape and self.k == 0:
+            leading_shape = tuple(torch.empty(self.leading_shape, device="meta").reshape(*leading_shape).shape)
+        return self._map(lay_out)
+
+    def select(self, rows: Tensor) -> TokenScores:
+        """The rows asked for: rows is [n] int64 or a [T] bool mask over the first leading dimension."""
+        return self._map(lambda _, value: value[rows])
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return [(name, value) for name, value in fields if value is not None]
+
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> TokenScores:
+        return TokenScores(**{name: change(name, value) for name, value in self._tensors()})
