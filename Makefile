@@ -44,7 +44,7 @@ format: .venv/.installed-dev ## Let ruff and clang-format rewrite the sources
 	.venv/bin/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 docs: build .venv/.installed-docs ## Build the documentation into site/
-	$(py) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(py) -m mkdocs build --strict --quiet
 
 check: build ## The conformance table on this machine, in 2 processes
 	$(py) -m opd_engine check --tp 2

@@ -25,15 +25,6 @@ except ImportError as error:
         f"The import said: {error}"
     ) from error
 
-from opd_engine.functional import (
-    TokenScores,
-    distill_loss,
-    full_distill_loss,
-    gather_log_probs,
-    topk_log_probs,
-)
-
-# ruff: noqa: E402  (the floors load only where the checks above passed)
 from opd_engine.functional import TokenScores, distill_loss, full_distill_loss, gather_log_probs, topk_log_probs
 from opd_engine.ops import debug
 from opd_engine.parallel import VocabShard
