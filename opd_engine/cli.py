@@ -1,0 +1,119 @@
+"""The `opd-engine` command: argument parsing only; each subcommand's work lies in the module it names."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from opd_engine._version import __version__
+
+_SHORTHANDS = (
+    ("--student", "student.path", "DIR", "folder of the student"),
+    ("--prompts", "data.prompts", "FILE", "JSONL or parquet file of prompts"),
+    ("--output-dir", "run.output_dir", "DIR", "folder of the run"),
+    ("--tp", "run.tp", "N", "ranks that share the LM head"),
+)
+
+
+def _train_parser(commands) -> None:
+    from opd_engine.train.config import all_settings
+    from opd_engine.train.settings import add_flags
+
+    parser = commands.add_parser(
+        "train",
+        help="distil teachers into a student on its own rollouts",
+        description="Distil teachers into a student on its own rollouts. Every key of the TOML file is a flag too, and "
+        "a flag wins over the file.",
+        epilog="example: opd-engine train --student ./small --teacher math=./big --prompts prompts.jsonl "
+        "--opd.divergence jsd --opd.k 64",
+        usage="opd-engine train [CONFIG] [--student DIR] [--teacher NAME=DIR ...] [--prompts FILE] [--section.key VALUE]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="TOML file; without one, defaults and flags")
+    for flag, key, metavar, text in _SHORTHANDS:
+        parser.add_argument(flag, dest=key, metavar=metavar, default=argparse.SUPPRESS, help=f"{text} (--{key})")
+    for flag in ("resume", "overwrite"):
+        parser.add_argument(
+            f"--{flag}",
+            dest=f"run.{flag}",
+            action="store_const",
+            const="true",
+            default=argparse.SUPPRESS,
+            help=f"--run.{flag} true",
+        )
+    parser.add_argument(
+        "--teacher", action="append", metavar="NAME=DIR", help="a teacher and its folder; repeat for several"
+    )
+    add_flags(parser, all_settings())
+    parser.set_defaults(run=_run_train)
+
+
+def _run_train(options: argparse.Namespace, unknown: Sequence[str]) -> int:
+    from opd_engine.train.config import TrainConfig, apply_flags, apply_toml, read_toml, unknown_flag_error
+
+    if unknown:
+        raise unknown_flag_error(unknown)
+    config = TrainConfig()
+    if options.config is not None:
+        apply_toml(config, read_toml(options.config), options.config)
+    apply_flags(config, options)
+    config.validate()
+
+    from opd_engine.train.loop import run
+    from opd_engine.train.summary import describe
+
+    summary = run(config)
+    if summary:
+        print(describe(summary, config.run.output_dir))
+    return 0
+
+
+def _run_check(arguments: Sequence[str]) -> int:
+    from opd_engine.check import main as check_main
+
+    return check_main(list(arguments))
+
+
+def _run_env(arguments: Sequence[str]) -> int:
+    from opd_engine.env import main as env_main
+
+    return env_main(list(arguments))
+
+
+# Subcommands with a parser of their own: name -> (what runs it, help).
+_OWN_PARSERS = {
+    "check": (_run_check, "compare every op with a float64 reference on this machine"),
+    "env": (_run_env, "print versions, build flags and devices"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0 done, 1 failed, 2 wrong usage or settings."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in _OWN_PARSERS:
+        return _OWN_PARSERS[arguments[0]][0](arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="opd-engine", description="On-policy distillation losses, exact under tensor parallelism."
+    )
+    parser.add_argument("--version", action="version", version=f"opd_engine {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    # Only the subcommand that is called pays for its settings.
+    if not arguments or arguments[0] in ("train", "-h", "--help"):
+        _train_parser(commands)
+    else:
+        commands.add_parser("train", help="distil teachers into a student on its own rollouts")
+    for name, (_, text) in _OWN_PARSERS.items():
+        commands.add_parser(name, help=text)
+    options, unknown = parser.parse_known_args(arguments)
+    try:
+        return options.run(options, unknown)
+    except ValueError as error:
+        print(f"opd-engine: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        print(f"opd-engine: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("opd-engine: interrupted", file=sys.stderr)
+        return 130

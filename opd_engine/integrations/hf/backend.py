@@ -1,0 +1,180 @@
+"""A transformers causal LM as a model backend: packed rollouts in, row-aligned logits or hidden states out.
+
+Sequences are right-padded into one batch, and only real rows reach the LM head. Under tensor parallelism the body is
+replicated and the LM head is split over the vocabulary; a tied embedding then still gets its whole gradient everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from opd_engine.distillation.rollout import RolloutBatch
+from opd_engine.integrations.hf.models import token_to_id
+from opd_engine.parallel.collectives import copy_to_group
+from opd_engine.parallel.linear import vocab_parallel_lm_head
+from opd_engine.parallel.vocab import VocabShard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def pad_packed(batch: RolloutBatch, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+    """The packed tokens as a right-padded batch.
+
+    Returns: input_ids [num_seqs, longest] int64, attention_mask of the same shape (1 is real), and rows [num_tokens]
+        int64: where packed row i lies in the flattened batch.
+    """
+    lengths = batch.cu_seqlens.diff().long()
+    longest = int(lengths.max()) if lengths.numel() else 0
+    rows = batch.row_sequence() * longest + batch.row_positions()
+    input_ids = torch.zeros(batch.num_seqs * longest, dtype=torch.int64, device=batch.tokens.device)
+    input_ids[rows] = batch.tokens
+    attention_mask = torch.zeros_like(input_ids)
+    attention_mask[rows] = 1
+    shape = (batch.num_seqs, longest)
+    return input_ids.view(shape).to(device), attention_mask.view(shape).to(device), rows.to(device)
+
+
+class HFBackend:
+    """Any causal LM: `logits` comes from the model's own forward, whatever it does after its LM head.
+
+    module: the model.  tokenizer: for `token_to_id`; None where there is none to compare.
+    """
+
+    shard: VocabShard | None = None
+
+    def __init__(self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.vocab_size = int(module.config.get_text_config().vocab_size)
+        self._token_map = None if tokenizer is None else token_to_id(tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def token_to_id(self) -> Mapping[str, int] | None:
+        """The tokenizer's map, added tokens included; None without a tokenizer."""
+        return self._token_map
+
+    def share_token_map(self, other: HFBackend) -> None:
+        """Takes over the other's map where the two are equal: comparing an object with itself costs nothing later."""
+        if self._token_map == other._token_map:
+            self._token_map = other._token_map
+
+    def _rows_of(self, batch: RolloutBatch, model: torch.nn.Module, output: str) -> Tensor:
+        input_ids, attention_mask, rows = pad_packed(batch, self.device)
+        # Positions are written out: some models would otherwise count the padding.
+        position_ids = torch.arange(input_ids.shape[1], device=self.device).expand(input_ids.shape)
+        outputs = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+        return getattr(outputs, output).flatten(0, 1)[rows]
+
+    def logits(self, batch: RolloutBatch) -> Tensor:
+        """Logits [num_tokens, vocab_size], in the model's dtype; row i predicts packed token i + 1.
+
+        Grad: for the module's parameters, where grad mode is on. Communicates: nothing.
+        """
+        if batch.num_tokens == 0:
+            dtype = next(self.module.parameters()).dtype
+            return torch.zeros(0, self.vocab_size, dtype=dtype, device=self.device)
+        return self._rows_of(batch, self.module, "logits")
+
+
+class ProjectingHFBackend(HFBackend):
+    """A causal LM whose logits are its LM head applied to its last hidden states, so that the head can be sharded.
+
+    shard: this rank's columns, or None for all of them. Every rank holds the whole weights and sees the same batches.
+    """
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        shard: VocabShard | None = None,
+    ) -> None:
+        super().__init__(module, tokenizer)
+        self.shard = shard
+        if shard is not None and shard.vocab_size != self.vocab_size:
+            raise ValueError(f"shard: wanted vocab_size {self.vocab_size}, the model's, got {shard.vocab_size}")
+
+    def hidden(self, batch: RolloutBatch) -> Tensor:
+        """Hidden states before the LM head [num_tokens, hidden_size]. Communicates: nothing."""
+        head = self.module.get_output_embeddings()
+        if batch.num_tokens == 0:
+            return torch.zeros(0, head.weight.shape[1], dtype=head.weight.dtype, device=self.device)
+        return self._rows_of(batch, self.module.base_model, "last_hidden_state")
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, vocab_shard_size] of those hidden states.
+
+        Communicates: backward under a shard, one all-reduce of the hidden gradient and one of the head's gradient.
+        Grad: the whole head's gradient, the same on every rank, also where it is tied to the embedding.
+        """
+        head = self.module.get_output_embeddings()
+        if self.shard is None:
+            return torch.nn.functional.linear(hidden, head.weight, head.bias)
+        shard, group = self.shard, self.shard.merge_group
+        rows = slice(shard.vocab_start_index, shard.vocab_end_index)
+        # The sum over ranks puts every rank's rows into the gradient of the whole, replicated weight.
+        weight = copy_to_group(head.weight, group)[rows]
+        bias = None if head.bias is None else copy_to_group(head.bias, group)[rows]
+        return vocab_parallel_lm_head(hidden, weight, shard, bias)
+
+    def logits(self, batch: RolloutBatch) -> Tensor:
+        """Logits [num_tokens, vocab_shard_size], in the model's dtype; row i predicts packed token i + 1."""
+        return self.project(self.hidden(batch))
+
+
+@torch.no_grad()
+def _head_is_last(module: PreTrainedModel) -> bool:
+    """Whether the logits are the LM head of the last hidden states, tried on a few tokens.
+
+    Soft-caps, logit scales and heads of another kind are found this way whatever a model calls them.
+    """
+    head = module.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or module.base_model is module:
+        return False
+    was_training = module.training
+    module.eval()
+    try:
+        input_ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
+        whole = module(input_ids=input_ids, use_cache=False).logits
+        states = getattr(module.base_model(input_ids=input_ids, use_cache=False), "last_hidden_state", None)
+    finally:
+        module.train(was_training)
+    if states is None:
+        return False
+    ours = torch.nn.functional.linear(states, head.weight, head.bias)
+    tolerance = 64 * torch.finfo(whole.dtype).eps * float(whole.abs().max())
+    return ours.shape == whole.shape and float((ours - whole).abs().max()) <= tolerance
+
+
+def make_backend(
+    module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, shard: VocabShard | None = None
+) -> HFBackend:
+    """The backend that fits the model: a projecting one where its logits are its LM head's, else the general one.
+
+    Raises: ValueError where a shard is wanted of a model whose head cannot be sharded.
+    """
+    if _head_is_last(module):
+        return ProjectingHFBackend(module, tokenizer, shard=shard)
+    if shard is not None:
+        raise ValueError(
+            f"shard: {type(module).__name__} changes its logits after the LM head, so that the head cannot be split "
+            "over ranks here; wanted run.tp = 1 for this model"
+        )
+    return HFBackend(module, tokenizer)
+
+
+def even_shard(vocab_size: int, tp_group, tp_size: int, tp_rank: int) -> VocabShard | None:
+    """Equal shares of the vocabulary, the last ranks' smaller by what is missing; None without a group."""
+    if tp_group is None:
+        return None
+    width = -(-vocab_size // tp_size)
+    start = min(tp_rank * width, vocab_size)
+    return VocabShard(start, min(start + width, vocab_size), vocab_size, tp_group)

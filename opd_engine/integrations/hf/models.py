@@ -1,0 +1,121 @@
+"""Models and tokenizers from directories: safetensors only, no code from the directory unless the user asks.
+
+Nothing here reaches a hub: a path that is not a directory is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype called `name` ("float32", "float64", "bfloat16", "float16").
+
+    Raises: ValueError for any other name.
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"dtype: wanted one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
+
+
+def _model_directory(path: str | Path, argument: str) -> Path:
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise ValueError(
+            f"{argument}: wanted a directory written by save_pretrained, got {str(path)!r}, which is not one"
+        )
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{argument}: wanted a directory with a config.json, got {str(directory)!r} without one")
+    return directory
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    argument: str = "path",
+) -> PreTrainedModel:
+    """A causal LM from a directory that holds config.json and safetensors weights.
+
+    path: the directory.  dtype, device: of the parameters.
+    trust_remote_code: run Python code that lies in the directory; off by default.
+    argument: what to call `path` in an error ("--student", "--teacher math").
+    Returns: the model, in eval mode.
+    Raises: ValueError where there is no such directory, or transformers cannot load it (pickled weights included).
+    """
+    from transformers import AutoModelForCausalLM
+
+    directory = _model_directory(path, argument)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+        )
+    except Exception as error:  # transformers raises many types for a folder it cannot read; the user needs one line
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{argument}: cannot load a causal LM from {str(directory)!r}: {reason}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(
+    path: str | Path, *, trust_remote_code: bool = False, argument: str = "path"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's directory.
+
+    Raises: ValueError where the directory has none, or one without an end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    directory = _model_directory(path, argument)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{argument}: cannot load a tokenizer from {str(directory)!r}: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{argument}: wanted a tokenizer with an end-of-sequence token, got none in {str(directory)!r}"
+        )
+    return tokenizer
+
+
+def token_to_id(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Token -> id, added tokens included: what must agree between the student and its teachers."""
+    return dict(tokenizer.get_vocab())
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's and those of the model's generation config, sorted."""
+    ids = {int(tokenizer.eos_token_id)}
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if configured is not None:
+        ids.update(int(token) for token in (configured if isinstance(configured, (list, tuple)) else [configured]))
+    return tuple(sorted(ids))
+
+
+def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padded positions; any id does, since they are masked, so eos stands in for a missing one."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: str | Path) -> None:
+    """Writes what `AutoModelForCausalLM.from_pretrained(directory)` reads: config, safetensors, tokenizer.
+
+    Mutates: the directory, which is created where missing. Not atomic: see opd_engine.train.checkpoint.
+    """
+    model.save_pretrained(directory, safe_serialization=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)

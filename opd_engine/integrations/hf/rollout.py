@@ -1,0 +1,161 @@
+"""Batched sampling from a transformers causal LM with a KV cache, seeded by a generator.
+
+Bound by latency: one forward of one token a sequence at each step. Samples come from the model's own distribution
+at a temperature: top_k and top_p are off by default, since what they cut is no longer on policy.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completions:
+    """What the model wrote after each prompt.
+
+    tokens: per sequence, the generated ids, the end token included where one was drawn.
+    log_probs: per sequence, log q of each generated id at the sampling temperature over the whole vocabulary
+        (before top_k and top_p), float32.
+    finished: per sequence, whether it stopped at an end token rather than at max_new_tokens.
+    """
+
+    tokens: list[list[int]]
+    log_probs: list[list[float]]
+    finished: list[bool]
+
+
+def _keep_top(probs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """probs [batch, vocab_size] with 0 outside the top_k ids and outside the smallest set of mass >= top_p."""
+    if 0 < top_k < probs.shape[-1]:
+        kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, probs.topk(top_k, dim=-1).indices, True)
+        probs = probs.where(kept, torch.zeros_like(probs))
+    if top_p < 1.0:
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.where(before < top_p * ordered.sum(-1, keepdim=True), torch.zeros_like(ordered))
+        probs = torch.zeros_like(probs).scatter_(1, order, ordered)
+    return probs
+
+
+def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Inverse-CDF samples [batch] of softmax(logits / temperature); one uniform a row, so rows never affect each other.
+
+    The sum runs in float64: in float32 a vocabulary of 150,000 would lose the small ids to rounding.
+    """
+    probs = torch.softmax((logits - logits.amax(-1, keepdim=True)).double() / temperature, dim=-1)
+    cdf = _keep_top(probs, top_k, top_p).cumsum(-1)
+    drawn = torch.searchsorted(cdf, uniforms.to(cdf)[:, None] * cdf[:, -1:], right=True)
+    return drawn[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+
+def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(prompts), width), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.int64)
+        attention_mask[row, width - len(prompt) :] = 1
+    return input_ids.to(device), attention_mask.to(device)
+
+
+def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompts: wanted at least one token each, got an empty prompt at index {index}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: wanted >= 1, got {max_new_tokens}")
+    if not (temperature >= 0.0 and temperature != float("inf")):
+        raise ValueError(f"temperature: wanted finite and >= 0 (0 is greedy), got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k: wanted >= 0 (0 is off), got {top_k}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p: wanted in (0, 1] (1 is off), got {top_p}")
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    pad_id: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Completions:
+    """Samples one completion a prompt; prompts of any lengths are left-padded and masked.
+
+    prompts: per sequence, its ids, at least one.  max_new_tokens: >= 1.  end_ids: a sequence stops after one of these.
+    pad_id: id that fills the padding; never attended to.
+    temperature: finite, >= 0; 0 takes the most likely id (the lowest of equals).
+    top_k, top_p: keep only the k likeliest ids, or the smallest set of that mass; 0 and 1 switch them off.
+    generator: of the CPU; the same state gives the same samples at a fixed thread count. None is torch's default.
+    Returns: Completions, in the order of the prompts.
+    Raises: ValueError for an empty prompt or a setting out of range.
+    Mutates: nothing; the model's train or eval mode is restored.
+    """
+    _check(prompts, max_new_tokens, temperature, top_k, top_p)
+    if not prompts:
+        return Completions(tokens=[], log_probs=[], finished=[])
+    was_training = model.training
+    model.eval()
+    try:
+        tokens, log_probs, lengths, finished = _decode(
+            model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k, top_p, generator
+        )
+    finally:
+        model.train(was_training)
+    return Completions(
+        tokens=[row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)],
+        log_probs=[row[:length] for row, length in zip(log_probs.tolist(), lengths, strict=True)],
+        finished=finished.tolist(),
+    )
+
+
+def _decode(model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k, top_p, generator):
+    device = next(model.parameters()).device
+    keep_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    input_ids, attention_mask = _left_pad(prompts, pad_id, device)
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp_(min=0)
+    ends = torch.tensor(sorted(end_ids), dtype=torch.int64, device=device)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+    tokens, log_probs, cache = [], [], None
+    for step in range(max_new_tokens):
+        output = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            **keep_last,
+        )
+        cache = output.past_key_values
+        logits = output.logits[:, -1].float()
+        if temperature == 0.0:
+            chosen = logits.argmax(-1)
+        else:
+            uniforms = torch.rand(len(prompts), dtype=torch.float64, generator=generator)
+            chosen = _draw(logits, uniforms, temperature, top_k, top_p)
+        scaled = logits if temperature == 0.0 else (logits - logits.amax(-1, keepdim=True)) / temperature
+        log_probs.append(torch.log_softmax(scaled, dim=-1).gather(1, chosen[:, None])[:, 0])
+        tokens.append(chosen)
+        lengths += (~finished).long()
+        finished = finished | torch.isin(chosen, ends)
+        if bool(finished.all()) or step + 1 == max_new_tokens:
+            break
+        input_ids = chosen.where(~finished, torch.full_like(chosen, pad_id))[:, None]
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(prompts), 1)], dim=1)
+        position_ids = position_ids[:, -1:] + 1
+    return torch.stack(tokens, 1).cpu(), torch.stack(log_probs, 1).cpu(), lengths.tolist(), finished.cpu()

@@ -1,0 +1,84 @@
+"""The student's rollouts for a step: written once, by the first rank, and the same on every rank of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from opd_engine.integrations.hf.rollout import Completions, generate
+from opd_engine.parallel.collectives import broadcast_
+from opd_engine.train.config import RolloutConfig
+from opd_engine.train.prompts import Prompt
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How completions are written: the settings, what ends and pads a sequence, and the ranks that share the result."""
+
+    config: RolloutConfig
+    end_ids: tuple[int, ...]
+    pad_id: int
+    group: ProcessGroup | None = None
+    is_main: bool = True
+
+    def write(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Prompt],
+        generator: torch.Generator | None = None,
+        *,
+        greedy: bool = False,
+    ) -> Completions:
+        """One completion a prompt, in order.
+
+        generator: advanced on the first rank alone.  greedy: the likeliest ids instead of samples.
+        Communicates: one broadcast of 12 bytes x max_new_tokens a prompt, with a group.
+        """
+        written = self._write_here(model, prompts, generator, greedy) if self.is_main else None
+        return written if self.group is None else self._share(written, len(prompts))
+
+    def _write_here(self, model, prompts, generator, greedy) -> Completions:
+        config = self.config
+        tokens, log_probs, finished = [], [], []
+        for start in range(0, len(prompts), config.batch_size):
+            part = generate(
+                model,
+                [prompt.token_ids for prompt in prompts[start : start + config.batch_size]],
+                max_new_tokens=config.max_new_tokens,
+                end_ids=self.end_ids,
+                pad_id=self.pad_id,
+                temperature=0.0 if greedy else config.temperature,
+                top_k=0 if greedy else config.top_k,
+                top_p=1.0 if greedy else config.top_p,
+                generator=generator,
+            )
+            tokens += part.tokens
+            log_probs += part.log_probs
+            finished += part.finished
+        return Completions(tokens=tokens, log_probs=log_probs, finished=finished)
+
+    def _share(self, written: Completions | None, count: int) -> Completions:
+        """The first rank's completions on every rank: ids, log-probs as bits and the flag in one int32 table."""
+        width = self.config.max_new_tokens
+        table = torch.full((count, 2 * width + 1), -1, dtype=torch.int32)
+        if written is not None:
+            for row, (tokens, log_probs) in enumerate(zip(written.tokens, written.log_probs, strict=True)):
+                table[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+                bits = torch.tensor(log_probs, dtype=torch.float32).view(torch.int32)
+                table[row, width : width + len(tokens)] = bits
+            table[:, -1] = torch.tensor(written.finished, dtype=torch.int32)
+        broadcast_(table, self.group)
+        lengths = (table[:, :width] >= 0).sum(1).tolist()
+        values = table[:, width : 2 * width].contiguous().view(torch.float32)
+        return Completions(
+            tokens=[row[:n] for row, n in zip(table[:, :width].tolist(), lengths, strict=True)],
+            log_probs=[row[:n] for row, n in zip(values.tolist(), lengths, strict=True)],
+            finished=[bool(flag) for flag in table[:, -1].tolist()],
+        )
