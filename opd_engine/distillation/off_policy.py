@@ -15,6 +15,7 @@ from opd_engine.distillation.rollout import RolloutBatch
 def state_weights(batch: RolloutBatch, student_log_probs: Tensor, cap: float) -> Tensor:
     """min(cap, prod over earlier generated tokens of q_student / q_rollout), per row.
 
+    Equation: docs/math.md (45)
     batch: with `rollout_log_probs`
     student_log_probs: [num_tokens], the current student's log-prob of the token each row predicts; read where
         `loss_mask` is True

@@ -40,6 +40,7 @@ class Denominators:
     def of(cls, batch: RolloutBatch, config: OPDConfig, stack_over_ranks: StackOverRanks | None = None) -> Denominators:
         """Fix the denominators of a step.
 
+        Equation: docs/math.md (47), (48)
         batch: this rank's share of the global batch, before micro-batching
         stack_over_ranks: None where this rank holds the whole global batch
 

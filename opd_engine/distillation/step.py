@@ -161,6 +161,8 @@ def distillation_loss(
         combined = _combined(members, weights, config.mixture)
         sums = row_sums(divergences[0], student, combined, live, next_tokens, reached)
         sums["loss"] = loss.detach()
+        if config.tail != "renormalize":
+            sums["short_support_rows"] = 0.0
         sums["union_dropped"] = float(scored.cache.dropped(batch))
         for position, name in enumerate(scored.teachers.names):
             rows = live & (weights[position] > 0)

@@ -23,7 +23,9 @@ def mix_teachers(
     """Mix the scores of several teachers at the same ids.
 
     Arithmetic is log sum_m w_m p_m in every bucket; geometric is prod_m p_m^w_m, divided by its sum over the k + 1
-    buckets. Equation: docs/math.md, mixtures of teachers.
+    buckets.
+
+    Equation: docs/math.md (41), (42)
 
     scores: M TokenScores with the same indices [*, k]
     weights: [M], or [M, *] for weights a row; >= 0, divided by their sum. A member of zero weight is dropped: its

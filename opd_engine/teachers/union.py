@@ -30,6 +30,7 @@ class UnionSupport:
 def union_support(scores: Sequence[TokenScores], cap: int | None = None) -> UnionSupport:
     """Unite the supports of a student and its teachers.
 
+    Equation: docs/math.md (44)
     scores: each model's own top-k, [rows, k_m]; their rows are the same tokens, their ids the student's vocabulary
     cap: widest support, or None for no cap (the sum of the k_m)
 

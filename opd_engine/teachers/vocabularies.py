@@ -60,6 +60,7 @@ def askable(indices: Tensor, teacher_vocab_size: int) -> Tensor:
 def rebucket(scores: TokenScores, *, vocab_size: int, asked: Tensor | None = None) -> TokenScores:
     """A teacher's scores in the student's vocabulary.
 
+    Equation: docs/math.md (46)
     scores: over the teacher's vocabulary, [rows, k]
     vocab_size: the student's real vocabulary
     asked: [rows, k], the ids the student wants scored, where the teacher was asked through `askable`; None when the
