@@ -65,7 +65,7 @@ $(torch_stamp): | $(py)
 	@$(py) cmake/check_system.py
 	$(pip) '$(TORCH)'
 	@rm -f .venv/.installed-*
-	@$(py) -c 'import torch; print("torch==" + torch.__version__)' > $(constraint)
+	@$(py) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(constraint)
 	@touch $@
 
 .venv/.installed-build: $(torch_stamp)
