@@ -3,6 +3,8 @@
 
 #include "kernels/cpu/kernels.h"
 #include "ops/check.h"
+#include "ops/huge_pages.h"
+#include "ops/pieces.h"
 
 namespace opd::ops {
 
@@ -66,6 +68,15 @@ FullDivergenceParams full_params(const Context& context, const Tensor& student_l
   return p;
 }
 
+FullDivergenceParams full_piece(const FullDivergenceParams& p, const Pieces& pieces, int64_t piece) {
+  FullDivergenceParams part = p;
+  const int64_t shared = p.num_shared - piece * pieces.columns;
+  part.student = piece_of(p.student, pieces, piece);
+  part.num_shared = shared < 0 ? 0 : shared < part.student.num_valid ? shared : part.student.num_valid;
+  part.teacher.data = static_cast<char*>(p.teacher.data) + piece * pieces.columns * item_size(p.teacher.dtype);
+  return part;
+}
+
 Tensor full_divergence(Tensor student_logits, Tensor teacher_logits, Tensor student_stats, Tensor teacher_stats,
                        int64_t vocab_start_index, int64_t vocab_size, int64_t teacher_vocab_size,
                        std::string divergence, double beta, double alpha, double temperature,
@@ -74,11 +85,16 @@ Tensor full_divergence(Tensor student_logits, Tensor teacher_logits, Tensor stud
   FullDivergenceParams p = full_params(context, student_logits, teacher_logits, student_stats, teacher_stats,
                                        vocab_start_index, vocab_size, teacher_vocab_size, divergence, beta, alpha,
                                        temperature, row_temperature);
-  Tensor sums = context.empty_scores({p.student.num_rows, 2});
+  const int64_t num_tokens = p.student.num_rows, item = context.is_float64() ? 8 : 4;
+  const Pieces pieces = pieces_of(p.student);
+  Tensor sums = context.empty_scores({pieces.count, num_tokens, 2});
   p.sums = sums.data_ptr();
-  parallel_rows(p.student.num_rows, p.student.width,
-                [&](int64_t begin, int64_t end) { cpu::variant_kernels()->full_divergence(p, begin, end); });
-  return sums;
+  parallel_pieces(p.student, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
+    FullDivergenceParams part = full_piece(p, pieces, piece);
+    part.sums = static_cast<char*>(p.sums) + piece * num_tokens * 2 * item;
+    cpu::variant_kernels()->full_divergence(part, begin, end);
+  });
+  return pieces.count == 1 ? torch::stable::squeeze(sums, 0) : torch::stable::sum(sums, std::array<int64_t, 1>{0});
 }
 
 void launch_full_backward(const Context& context, FullDivergenceParams p, const Tensor& grad, const Tensor& sums,
@@ -88,8 +104,12 @@ void launch_full_backward(const Context& context, FullDivergenceParams p, const 
   p.grad = view_of(context, "grad", grad, vocab_start_index, vocab_size);
   p.sums = sums.data_ptr();
   p.grad_loss = grad_loss.data_ptr();
-  parallel_rows(p.student.num_rows, p.student.width,
-                [&](int64_t begin, int64_t end) { cpu::variant_kernels()->full_divergence_backward(p, begin, end); });
+  const Pieces pieces = pieces_of(p.student);
+  parallel_pieces(p.student, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
+    FullDivergenceParams part = full_piece(p, pieces, piece);
+    part.grad = piece_of(p.grad, pieces, piece);
+    cpu::variant_kernels()->full_divergence_backward(part, begin, end);
+  });
 }
 
 Tensor full_divergence_backward(Tensor student_logits, Tensor teacher_logits, Tensor student_stats,
@@ -97,7 +117,7 @@ Tensor full_divergence_backward(Tensor student_logits, Tensor teacher_logits, Te
                                 int64_t teacher_vocab_size, std::string divergence, double beta, double alpha,
                                 double temperature, OptionalTensor row_temperature, Tensor sums, Tensor grad_loss) {
   const Context context = context_of("full_divergence_backward", student_logits);
-  Tensor grad = torch::stable::new_empty(student_logits, student_logits.sizes());
+  Tensor grad = new_gradient(student_logits);
   launch_full_backward(context,
                        full_params(context, student_logits, teacher_logits, student_stats, teacher_stats,
                                    vocab_start_index, vocab_size, teacher_vocab_size, divergence, beta, alpha,

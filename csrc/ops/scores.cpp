@@ -3,6 +3,8 @@
 
 #include "kernels/cpu/kernels.h"
 #include "ops/check.h"
+#include "ops/huge_pages.h"
+#include "ops/pieces.h"
 
 namespace opd::ops {
 
@@ -28,11 +30,30 @@ Tensor topk_partials(Tensor logits, int64_t k, OptionalTensor target, int64_t vo
   p.vocab_size = vocab_size;
   const int64_t words_per_score = context.is_float64() ? 2 : 1;
   p.packed_words = (k + kNumStats + (p.target != nullptr)) * words_per_score + k;
-  Tensor packed = context.empty({num_tokens, p.packed_words}, ScalarType::Int);
+  const Pieces pieces = pieces_of(p.logits);
+  Tensor packed = context.empty({pieces.count, num_tokens, p.packed_words}, ScalarType::Int);
   p.packed = static_cast<int32_t*>(packed.data_ptr());
-  parallel_rows(num_tokens, p.logits.width,
-                [&](int64_t begin, int64_t end) { cpu::variant_kernels()->topk_partials(p, begin, end); });
-  return packed;
+  parallel_pieces(p.logits, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
+    TopkPartialsParams part = p;
+    part.logits = piece_of(p.logits, pieces, piece);
+    part.vocab_start_index += piece * pieces.columns;
+    part.packed += piece * num_tokens * p.packed_words;
+    cpu::variant_kernels()->topk_partials(part, begin, end);
+  });
+  if (pieces.count == 1) return torch::stable::squeeze(packed, 0);
+  Tensor combined = context.empty({num_tokens, p.packed_words}, ScalarType::Int);
+  MergeTopkParams merge{};
+  merge.packed = p.packed;
+  merge.packed_words = p.packed_words;
+  merge.tp_size = pieces.count;
+  merge.num_rows = num_tokens;
+  merge.k = k;
+  merge.vocab_size = vocab_size;
+  merge.is_float64 = context.is_float64();
+  merge.temperature = p.temperature;
+  merge.target = p.target;
+  cpu::combine_topk_partials(merge, static_cast<int32_t*>(combined.data_ptr()), 0, num_tokens);
+  return combined;
 }
 
 SixTensors merge_topk(Tensor packed, int64_t k, OptionalTensor target, int64_t vocab_size, double temperature,
@@ -83,13 +104,36 @@ std::tuple<Tensor, Tensor> gather_partials(Tensor logits, Tensor indices, Option
   p.vocab_start_index = vocab_start_index;
   p.vocab_size = vocab_size;
   p.indices = static_cast<const int64_t*>(indices.data_ptr());
-  Tensor stats = context.empty_scores({num_tokens, kNumStats});
-  Tensor support_logits = context.empty_scores({num_tokens, p.k + (p.target != nullptr)});
+  const int64_t support_width = p.k + (p.target != nullptr), item = context.is_float64() ? 8 : 4;
+  const Pieces pieces = pieces_of(p.logits);
+  Tensor stats = context.empty_scores({pieces.count, num_tokens, kNumStats});
+  Tensor support_logits = context.empty_scores({pieces.count, num_tokens, support_width});
   p.stats = stats.data_ptr();
   p.support_logits = support_logits.data_ptr();
-  parallel_rows(num_tokens, p.logits.width,
-                [&](int64_t begin, int64_t end) { cpu::variant_kernels()->gather_partials(p, begin, end); });
-  return {stats, support_logits};
+  parallel_pieces(p.logits, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
+    GatherPartialsParams part = p;
+    part.logits = piece_of(p.logits, pieces, piece);
+    part.vocab_start_index += piece * pieces.columns;
+    part.stats = static_cast<char*>(p.stats) + piece * num_tokens * kNumStats * item;
+    part.support_logits = static_cast<char*>(p.support_logits) + piece * num_tokens * support_width * item;
+    cpu::variant_kernels()->gather_partials(part, begin, end);
+  });
+  if (pieces.count == 1) return {torch::stable::squeeze(stats, 0), torch::stable::squeeze(support_logits, 0)};
+  Tensor combined_stats = context.empty_scores({num_tokens, kNumStats});
+  Tensor combined_support = context.empty_scores({num_tokens, support_width});
+  MergeGatherParams merge{};
+  merge.stats = p.stats;
+  merge.support_logits = p.support_logits;
+  merge.tp_size = pieces.count;
+  merge.num_rows = num_tokens;
+  merge.k = p.k;
+  merge.is_float64 = context.is_float64();
+  merge.temperature = p.temperature;
+  merge.target = p.target;
+  merge.merged_stats = combined_stats.data_ptr();
+  merge.log_probs = combined_support.data_ptr();
+  cpu::combine_gather_partials(merge, 0, num_tokens);
+  return {combined_stats, combined_support};
 }
 
 SixTensors merge_gather(Tensor stats, Tensor support_logits, Tensor indices, OptionalTensor target, int64_t vocab_size,
@@ -152,15 +196,21 @@ void launch_backward(const Context& context, const Tensor& logits, const Tensor&
   p.target = target_pointer(context, target, num_tokens);
   p.stats = stats.data_ptr();
   p.upstream = upstream.data_ptr();
-  parallel_rows(num_tokens, p.logits.width,
-                [&](int64_t begin, int64_t end) { cpu::variant_kernels()->scores_backward(p, begin, end); });
+  const Pieces pieces = pieces_of(p.logits);
+  parallel_pieces(p.logits, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
+    ScoresBackwardParams part = p;
+    part.logits = piece_of(p.logits, pieces, piece);
+    part.grad = piece_of(p.grad, pieces, piece);
+    part.vocab_start_index += piece * pieces.columns;
+    cpu::variant_kernels()->scores_backward(part, begin, end);
+  });
 }
 
 Tensor scores_backward(Tensor logits, Tensor indices, OptionalTensor target, Tensor stats, Tensor upstream,
                        int64_t vocab_start_index, int64_t vocab_size, double temperature,
                        OptionalTensor row_temperature) {
   const Context context = context_of("scores_backward", logits);
-  Tensor grad = torch::stable::new_empty(logits, logits.sizes());
+  Tensor grad = new_gradient(logits);
   launch_backward(context, logits, grad, indices, target, stats, upstream, vocab_start_index, vocab_size, temperature,
                   row_temperature);
   return grad;

@@ -23,6 +23,10 @@ const char* available_variants();    // comma-separated, best first
 
 void merge_topk(const MergeTopkParams&, int64_t begin, int64_t end);
 void merge_gather(const MergeGatherParams&, int64_t begin, int64_t end);
+// Pieces of one shard into that shard's partials. topk: `tp_size` pieces of `packed` into `combined`. gather: `stats` and
+// `support_logits` [pieces, T, ...] into `merged_stats` [T, 5] and (through log_probs) support logits [T, k + has_target].
+void combine_topk_partials(const MergeTopkParams&, int32_t* combined, int64_t begin, int64_t end);
+void combine_gather_partials(const MergeGatherParams&, int64_t begin, int64_t end);
 void bucket_divergence(const BucketDivergenceParams&, int64_t begin, int64_t end);
 void distill_loss(const DistillLossParams&, int64_t begin, int64_t end);
 

@@ -1,10 +1,11 @@
 // Top-k of one shard, its statistics and the tail off its own candidates. Bound: one read of the logits from memory;
 // the second pass finds the row in cache (150,000 float32 are 600 KB).
 //
-// Pass 1 keeps the maximum of every block of columns: the k-th largest block maximum is a floor under the k-th
-// largest logit, whatever the row's order. Pass 2 lifts what reaches the floor into a candidate buffer and sums the
-// exponentials of the rest; candidates that lose are summed too, so the tail is never a difference.
-// Order: value descending, then id ascending; -inf is never a candidate.
+// Pass 1 keeps the maximum of each of about 8 k strided sets of columns: the k-th largest of them is a floor under the
+// k-th largest logit, whatever the row holds, and striding spreads sorted rows over all sets. Pass 2 lifts what reaches
+// the floor into a candidate buffer and sums the exponentials of the rest; candidates that lose are summed too, so the
+// tail is never a difference. Order: value descending, then id ascending; -inf is never a candidate. The winners leave
+// unsorted: the merge sorts once.
 #include <algorithm>
 #include <memory>
 
@@ -15,16 +16,38 @@ namespace opd::cpu::OPD_CPU_VARIANT {
 
 namespace {
 
+// A candidate's place in the total order as one comparable value. Columns are local to the shard.
 template <class C>
-struct Candidate {
-  C value;
-  int32_t column;
+struct Key;
+template <>
+struct Key<float> {  // order-preserving bits of the value above the complement of the column: one integer comparison
+  uint64_t bits;
+  static Key make(float value, int64_t column) {
+    const uint32_t raw = bit_cast<uint32_t>(value + 0.0f);  // -0.0 equals +0.0
+    const uint32_t ordered = raw & 0x80000000u ? ~raw : raw | 0x80000000u;
+    return {static_cast<uint64_t>(ordered) << 32 | ~static_cast<uint32_t>(column)};
+  }
+  float value() const {
+    const uint32_t ordered = static_cast<uint32_t>(bits >> 32);
+    return bit_cast<float>(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+  }
+  int64_t column() const { return ~static_cast<uint32_t>(bits); }
+  bool better_than(const Key& other) const { return bits > other.bits; }
+};
+template <>
+struct Key<double> {
+  double logit;
+  int64_t local_column;
+  static Key make(double value, int64_t column) { return {value, column}; }
+  double value() const { return logit; }
+  int64_t column() const { return local_column; }
+  bool better_than(const Key& other) const {
+    return logit > other.logit || (logit == other.logit && local_column < other.local_column);
+  }
 };
 template <class C>
 struct Better {
-  bool operator()(const Candidate<C>& a, const Candidate<C>& b) const {
-    return a.value > b.value || (a.value == b.value && a.column < b.column);
-  }
+  bool operator()(const Key<C>& a, const Key<C>& b) const { return a.better_than(b); }
 };
 template <class C>
 struct Greater {
@@ -34,22 +57,21 @@ struct Greater {
 template <class C>
 class TopkBuffer {
  public:
-  explicit TopkBuffer(int64_t k) : k_(k), capacity_(2 * k + 1024), items_(new Candidate<C>[capacity_]) {
-    losers_.reset(new C[round_up_to_group<C>(capacity_)]);
-  }
+  explicit TopkBuffer(int64_t k)
+      : k_(k), capacity_(2 * k + 1024), keys_(new Key<C>[capacity_]), losers_(new C[round_up_to_group<C>(capacity_)]) {}
   void reset(C floor) {
     size_ = 0;
     floor_ = floor;
   }
   C floor() const { return floor_; }
   int64_t size() const { return size_; }
-  const Candidate<C>& operator[](int64_t i) const { return items_[i]; }
+  const Key<C>& operator[](int64_t i) const { return keys_[i]; }
 
   template <bool kCompensate>
   void add(C value, int64_t column, double temperature, Statistics* rest) {
     if (size_ == capacity_) keep_best<kCompensate>(temperature, rest);
     if (value > floor_) {
-      items_[size_++] = {value, static_cast<int32_t>(column)};
+      keys_[size_++] = Key<C>::make(value, column);
     } else {
       rest->add_logit(value, temperature);
     }
@@ -59,31 +81,71 @@ class TopkBuffer {
   template <bool kCompensate>
   void keep_best(double temperature, Statistics* rest) {
     if (size_ <= k_) return;
-    std::nth_element(items_.get(), items_.get() + k_ - 1, items_.get() + size_, Better<C>());
+    std::nth_element(keys_.get(), keys_.get() + k_ - 1, keys_.get() + size_, Better<C>());
     const int64_t lost = size_ - k_, padded = round_up_to_group<C>(lost);
     C best = -std::numeric_limits<C>::infinity();
     for (int64_t i = 0; i < padded; ++i) {
-      losers_[i] = i < lost ? items_[k_ + i].value : -std::numeric_limits<C>::infinity();
+      losers_[i] = i < lost ? keys_[k_ + i].value() : -std::numeric_limits<C>::infinity();
       if (losers_[i] > best) best = losers_[i];
     }
     add_chunk<C, kCompensate>(losers_.get(), padded, best, temperature, rest);
     size_ = k_;
-    floor_ = items_[k_ - 1].value;
+    floor_ = keys_[k_ - 1].value();
   }
-  void sort() { std::sort(items_.get(), items_.get() + size_, Better<C>()); }
 
  private:
   int64_t k_, capacity_, size_ = 0;
   C floor_ = 0;
-  std::unique_ptr<Candidate<C>[]> items_;
+  std::unique_ptr<Key<C>[]> keys_;
   std::unique_ptr<C[]> losers_;
 };
 
-// Columns a block: about eight blocks a winner, so that few columns beyond the k reach the floor.
+// Vectors of running maxima in pass 1, a power of two: lane l of vector j holds the maximum of the columns that are
+// l + j lanes modulo the whole. 0 when the row is too short to gain from a floor.
 template <class C>
-int64_t block_size(int64_t valid, int64_t k) {
-  const int64_t wanted = std::min<int64_t>(valid / (8 * std::max<int64_t>(k, 1)), 512);
-  return std::max<int64_t>(wanted / kGroup<C>, 1) * kGroup<C>;
+int64_t num_maxima_vectors(int64_t valid, int64_t k) {
+  const int64_t wanted = std::min<int64_t>(8 * k, std::max<int64_t>(2 * k, 2048));
+  int64_t vectors = 8;
+  while (vectors * kLanes<C> < wanted) vectors *= 2;
+  return k == 0 || valid < 4 * vectors * kLanes<C> ? 0 : vectors;
+}
+
+template <class C>
+struct Floor {
+  C value;
+  bool poisoned;
+};
+
+template <class Scalar, class C>
+Floor<C> find_floor(const Scalar* logits, int64_t valid, int64_t k, int64_t vectors, C* buffer, VecOf<C>* maxima) {
+  constexpr C kLowest = -std::numeric_limits<C>::infinity();
+  std::fill(maxima, maxima + vectors, splat<C>(kLowest));
+  IntVecOf<C> nan{};
+  for (int64_t start = 0; start < valid; start += kChunk<C>) {
+    const int64_t count = std::min(kChunk<C>, valid - start), padded = round_up_to_group<C>(count);
+    const C* chunk = buffer;
+    if constexpr (std::is_same<Scalar, C>::value) chunk = logits + start;
+    if (chunk == buffer || padded != count) {
+      widen(logits + start, count, buffer);
+      chunk = buffer;
+    }
+    int64_t slot = start / kLanes<C>;
+    for (int64_t i = 0; i < padded; i += kGroup<C>, slot += 8) {
+      VecOf<C>* group = maxima + (slot & (vectors - 1));
+      for (int v = 0; v < 8; ++v) {
+        const VecOf<C> z = load(chunk + i + v * kLanes<C>);
+        group[v] = max<C>(z, group[v]);
+        nan |= (z != z);
+      }
+    }
+  }
+  GroupMax<C> all;
+  all.nan = nan;
+  for (int64_t j = 0; j < vectors; ++j) all.max = max<C>(maxima[j], all.max);
+  if (all.any_nan() || all.reduce() == std::numeric_limits<C>::infinity()) return {kLowest, true};
+  C* values = reinterpret_cast<C*>(maxima);
+  std::nth_element(values, values + k - 1, values + vectors * kLanes<C>, Greater<C>());
+  return {std::nextafter(values[k - 1], kLowest), false};  // candidates are strictly above it
 }
 
 template <class Scalar>
@@ -93,9 +155,9 @@ void rows_of(const TopkPartialsParams& p, int64_t begin, int64_t end) {
   constexpr bool kCompensate = kCompensated<Scalar>;
   constexpr C kLowest = -std::numeric_limits<C>::infinity();
   const int64_t valid = p.logits.num_valid;
-  const int64_t block = block_size<C>(valid, p.k), num_blocks = (valid + block - 1) / block;
+  const int64_t vectors = num_maxima_vectors<C>(valid, p.k);
   alignas(64) C buffer[kChunk<C>];
-  const std::unique_ptr<C[]> block_max(new C[num_blocks + 1]);
+  const std::unique_ptr<VecOf<C>[]> maxima(new VecOf<C>[vectors + 1]);
   TopkBuffer<C> candidates(std::max<int64_t>(std::min(p.k, valid), 1));
   const int64_t words_per_score = sizeof(Score) / sizeof(int32_t);
   for (int64_t row = begin; row < end; ++row) {
@@ -103,24 +165,10 @@ void rows_of(const TopkPartialsParams& p, int64_t begin, int64_t end) {
     const double temperature = temperature_of(p.temperature, row);
     Statistics rest, total;
 
-    C floor = kLowest;
-    if (p.k > 0 && valid > 0) {
-      GroupMax<C> all;
-      for (int64_t b = 0; b < num_blocks; ++b) {
-        const int64_t start = b * block, count = std::min(block, valid - start);
-        widen(logits + start, count, buffer);
-        const GroupMax<C> best = chunk_maximum(buffer, round_up_to_group<C>(count));
-        all.nan |= best.nan;
-        block_max[b] = best.reduce();
-        all.max = max<C>(splat<C>(block_max[b]), all.max);
-      }
-      total.poisoned = all.any_nan() || all.reduce() == std::numeric_limits<C>::infinity();
-      if (!total.poisoned && p.k <= num_blocks) {
-        std::nth_element(block_max.get(), block_max.get() + p.k - 1, block_max.get() + num_blocks, Greater<C>());
-        floor = std::nextafter(block_max[p.k - 1], kLowest);
-      }
-    }
-    candidates.reset(floor);
+    Floor<C> floor{kLowest, false};
+    if (vectors > 0) floor = find_floor(logits, valid, p.k, vectors, buffer, maxima.get());
+    total.poisoned = floor.poisoned;
+    candidates.reset(floor.value);
     for (int64_t start = 0; start < valid && !total.poisoned; start += kChunk<C>) {
       const int64_t count = std::min(kChunk<C>, valid - start), padded = round_up_to_group<C>(count);
       widen(logits + start, count, buffer);
@@ -147,7 +195,7 @@ void rows_of(const TopkPartialsParams& p, int64_t begin, int64_t end) {
       }
       const double chunk_max = rest_max.reduce();
       if (rest_max.any_nan() || chunk_max == kInf) {
-        total.poisoned = true;  // reached only with k = 0: pass 1 saw it otherwise
+        total.poisoned = true;
         break;
       }
       add_chunk<C, kCompensate>(buffer, padded, chunk_max, temperature, &rest);
@@ -159,16 +207,15 @@ void rows_of(const TopkPartialsParams& p, int64_t begin, int64_t end) {
     int64_t kept = 0;
     if (!total.poisoned) {
       candidates.template keep_best<kCompensate>(temperature, &rest);
-      candidates.sort();
       kept = candidates.size();
       total = rest;
-      for (int64_t j = 0; j < kept; ++j) total.add_logit(candidates[j].value, temperature);
+      for (int64_t j = 0; j < kept; ++j) total.add_logit(candidates[j].value(), temperature);
     }
     write_statistics(total, rest, score);
     for (int64_t j = 0; j < p.k; ++j) {
-      const Score value = static_cast<Score>(j < kept ? candidates[j].value : kLowest);
+      const Score value = static_cast<Score>(j < kept ? candidates[j].value() : kLowest);
       std::memcpy(packed + j * words_per_score, &value, sizeof(value));
-      ids[j] = j < kept ? static_cast<int32_t>(candidates[j].column + p.vocab_start_index) : -1;
+      ids[j] = j < kept ? static_cast<int32_t>(candidates[j].column() + p.vocab_start_index) : -1;
     }
     std::memcpy(packed + p.k * words_per_score, score, sizeof(score));
     if (p.target != nullptr) {
