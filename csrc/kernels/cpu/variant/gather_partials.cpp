@@ -58,7 +58,8 @@ void rows_of(const GatherPartialsParams& p, int64_t begin, int64_t end) {
       add_chunk<C, kCompensated<Scalar>>(buffer, padded, chunk_max, temperature, &tail);
     }
     Statistics total = tail;
-    for (int64_t i = 0; i < num_owned; ++i) total.add_logit(to_float(logits[owned[i].column]), temperature);
+    const auto owned_logit = [&](int64_t i) { return static_cast<C>(to_float(logits[owned[i].column])); };
+    add_logits<C, kCompensated<Scalar>>(num_owned, owned_logit, temperature, buffer, &total);
     write_statistics(total, tail, static_cast<Score*>(p.stats) + row * kNumStats);
   }
 }

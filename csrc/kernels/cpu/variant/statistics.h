@@ -11,9 +11,14 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 struct Statistics {
-  double max = -kInf, sum = 0, weighted = 0;
-  bool poisoned = false;  // a NaN or +inf was seen: the whole row is NaN
+  double max = -kInf, sum = 0, lost = 0, weighted = 0;  // sum + lost: compensated, or float64 rows lose digits by k and V
+  bool poisoned = false;                                // a NaN or +inf was seen: the whole row is NaN
 
+  void add_to_sum(double value) {
+    const double grown = sum + value, back = grown - sum;
+    lost += (sum - (grown - back)) + (value - back);
+    sum = grown;
+  }
   void raise_max(double value, double temperature) {
     if (!(value > max)) return;
     if (max > -kInf) {
@@ -21,6 +26,7 @@ struct Statistics {
       const double factor = std::exp(gap);
       weighted = factor == 0 ? 0 : factor * (weighted + gap * sum);
       sum *= factor;
+      lost *= factor;
     }
     max = value;
   }
@@ -31,18 +37,9 @@ struct Statistics {
       raise_max(z, temperature);
       const double gap = (z - max) / temperature;
       const double e = std::exp(gap);
-      sum += e;
+      add_to_sum(e);
       if (e > 0) weighted += e * gap;
     }
-  }
-  void merge(const Statistics& other, double temperature) {
-    poisoned |= other.poisoned;
-    if (!(other.max > -kInf)) return;
-    raise_max(other.max, temperature);
-    const double gap = (other.max - max) / temperature;
-    const double factor = std::exp(gap);
-    sum += factor * other.sum;
-    if (factor > 0) weighted += factor * (other.weighted + gap * other.sum);
   }
 };
 
@@ -92,7 +89,7 @@ OPD_INLINE void add_chunk(const C* buffer, int64_t count, double chunk_max, doub
     sum += sums[lane];
     weighted += weights[lane];
   }
-  total->sum += sum;
+  total->add_to_sum(sum);
   total->weighted += weighted * kLn2;
 }
 
@@ -103,15 +100,32 @@ OPD_INLINE GroupMax<C> chunk_maximum(const C* buffer, int64_t count) {
   return best;
 }
 
-// All statistics of a row: `off_support` for the tail, `total` for everything.
+// Adds `count` logits given by get(i), each above -inf or poisonous, a chunk at a time.
+template <class C, bool kCompensate, class Get>
+OPD_INLINE void add_logits(int64_t count, const Get& get, double temperature, C* buffer, Statistics* total) {
+  for (int64_t start = 0; start < count; start += kChunk<C>) {
+    const int64_t part = count - start < kChunk<C> ? count - start : kChunk<C>, padded = round_up_to_group<C>(part);
+    for (int64_t i = 0; i < part; ++i) buffer[i] = get(start + i);
+    for (int64_t i = part; i < padded; ++i) buffer[i] = -std::numeric_limits<C>::infinity();
+    const GroupMax<C> best = chunk_maximum(buffer, padded);
+    const double chunk_max = best.reduce();
+    if (best.any_nan() || chunk_max == kInf) {
+      total->poisoned = true;
+      return;
+    }
+    add_chunk<C, kCompensate>(buffer, padded, chunk_max, temperature, total);
+  }
+}
+
+// All statistics of a row: those of every column, and those of the tail.
 template <class Score>
 OPD_INLINE void write_statistics(const Statistics& total, const Statistics& tail, Score* stats) {
   const bool poisoned = total.poisoned || tail.poisoned;
   stats[kMax] = static_cast<Score>(poisoned ? kNaN : total.max);
-  stats[kSum] = static_cast<Score>(poisoned ? kNaN : total.sum);
+  stats[kSum] = static_cast<Score>(poisoned ? kNaN : total.sum + total.lost);
   stats[kWeighted] = static_cast<Score>(poisoned ? kNaN : total.weighted);
   stats[kTailMax] = static_cast<Score>(poisoned ? kNaN : tail.max);
-  stats[kTailSum] = static_cast<Score>(poisoned ? kNaN : tail.sum);
+  stats[kTailSum] = static_cast<Score>(poisoned ? kNaN : tail.sum + tail.lost);
 }
 
 }  // namespace opd::cpu::OPD_CPU_VARIANT

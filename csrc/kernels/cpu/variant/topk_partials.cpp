@@ -209,7 +209,8 @@ void rows_of(const TopkPartialsParams& p, int64_t begin, int64_t end) {
       candidates.template keep_best<kCompensate>(temperature, &rest);
       kept = candidates.size();
       total = rest;
-      for (int64_t j = 0; j < kept; ++j) total.add_logit(candidates[j].value(), temperature);
+      const auto winner = [&](int64_t j) { return candidates[j].value(); };
+      add_logits<C, kCompensate>(kept, winner, temperature, buffer, &total);
     }
     write_statistics(total, rest, score);
     for (int64_t j = 0; j < p.k; ++j) {
