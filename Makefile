@@ -12,6 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 py := .venv/bin/python
 pip := $(py) -m pip install --quiet
 torch_stamp := .venv/.installed-$(subst /,_,$(subst =,-,$(subst >,-,$(TORCH))))
+build_requires := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.24' ninja
 # Extras whose packages want another torch would replace it silently; the constraint makes that an error.
 constraint := .venv/torch-constraint.txt
 
@@ -69,7 +70,7 @@ $(torch_stamp): | $(py)
 	@touch $@
 
 .venv/.installed-build: $(torch_stamp)
-	$(pip) 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.24' ninja wheel
+	$(pip) $(build_requires) wheel
 	@touch $@
 
 # The editable install compiles the module and brings what the main job and the tests need.
@@ -83,4 +84,5 @@ $(torch_stamp): | $(py)
 
 .venv/.installed-integrations: pyproject.toml .venv/.installed-dev
 	$(pip) --no-build-isolation -c $(constraint) -e '.[megatron]'
+	$(py) -m pip download --quiet --no-deps --dest .venv/build-requires $(build_requires)  # for isolated installs, offline
 	@touch $@

@@ -1,10 +1,8 @@
 """Installing and rebuilding: wheel, missing torch, missing module, changed sources, missing system packages.
 
-The real tree is packed once (its objects are reused). What needs many builds uses a miniature of it: the same setup.py,
-CMakeLists.txt and cmake/, with one binding and one kernel.
+The real tree is packed once (its objects are reused); what needs many builds uses the miniature of it.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -15,48 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-SITE = Path(sysconfig.get_path("purelib"))
-
-BINDING = """
-#include <pybind11/pybind11.h>
-#include "opd_build_config.h"
-extern "C" int opd_answer_baseline();
-PYBIND11_MODULE(_C, m) {
-  m.def("answer", &opd_answer_baseline);
-  m.attr("version") = OPD_VERSION;
-}
-"""
-KERNEL_PATH = "csrc/kernels/cpu/variant/answer.cpp"
-KERNEL = """
-#define OPD_JOIN2(a, b) a##b
-#define OPD_JOIN(a, b) OPD_JOIN2(a, b)
-extern "C" int OPD_JOIN(opd_answer_, OPD_CPU_VARIANT)() { return 42; }
-"""
-
-
-def run(*command, **options) -> subprocess.CompletedProcess:
-    options = {"capture_output": True, "text": True, "timeout": 300, **options}
-    return subprocess.run([str(part) for part in command], **options)
-
-
-def environment(**changes: str) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OPD_", "PYTHON"))}
-    return {**clean, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **changes}
-
-
-def plant(folder: Path) -> Path:
-    tree = folder / "tree"
-    (tree / "csrc/kernels/cpu/variant").mkdir(parents=True)
-    (tree / "opd_engine").mkdir()
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "THIRD_PARTY_NOTICES"):
-        shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "cmake", tree / "cmake", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "opd_engine/_version.py", tree / "opd_engine")
-    (tree / "opd_engine/__init__.py").touch()
-    (tree / "csrc/bind.cpp").write_text(BINDING)
-    (tree / KERNEL_PATH).write_text(KERNEL)
-    return tree
+from miniature import KERNEL, KERNEL_PATH, ROOT, SITE, environment, plant, run
 
 
 @pytest.fixture
@@ -171,7 +128,7 @@ def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     ran = run(
         *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", folder, ROOT),
-        env=environment(OPD_WERROR=os.environ.get("OPD_WERROR", "OFF")),
+        env=environment(OPD_WERROR="ON"),  # as make has it: another answer would recompile every kernel
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     (built,) = folder.glob("opd_engine-*.whl")
