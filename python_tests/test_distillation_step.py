@@ -1,0 +1,462 @@
+"""One step against a slow float64 definition, value and gradient; and everything that must not change it, or must.
+
+The reference builds supports with Python lists, distributions with log_softmax, and loops over the rows that count.
+"""
+
+import math
+
+import pytest
+import torch
+
+import oracles
+from distillation_toys import ToyBackend, pad_sequences, toy_batch
+from opd_engine.distillation import (
+    Denominators,
+    OPDConfig,
+    add_metrics,
+    distillation_loss,
+    pack_rollouts,
+    score_rollouts,
+)
+from opd_engine.distillation.config import MIXTURES, REDUCTIONS, SUPPORTS
+from opd_engine.teachers import LocalTeacher, TeacherPool, TeacherSpec
+
+VOCAB = 29
+WIDTHS = {"a": 29, "b": 33, "c": 24}
+SPECS = (TeacherSpec("a"), TeacherSpec("b", weight=2.0, temperature=0.8), TeacherSpec("c", weight=0.5))
+
+
+def world(num_seqs=6, mixture="route", **fields):
+    """(batch, student backend, pool): three teachers, two of them of another width than the student."""
+    names = (
+        ["a", "b", "c", "b", "c", "a", "a", "c"] if mixture == "route" else ["", ("a", "b"), "c", "", "", "b", "", ""]
+    )
+    if num_seqs == 6 and "rollout_ids" not in fields:
+        fields["rollout_ids"] = [4, 4, 5, 6, 6, 6]
+    batch = toy_batch(num_seqs, teacher_names=names[:num_seqs], vocab=min(WIDTHS.values()), **fields)
+    student = ToyBackend(VOCAB, seed=1, padding=3)
+    pool = TeacherPool(
+        [(spec, LocalTeacher(ToyBackend(WIDTHS[spec.name], seed=5 + i))) for i, spec in enumerate(SPECS)]
+    )
+    return batch, student, pool
+
+
+def parameters_grad(loss, student):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.module.parameters()))])
+
+
+def ours(batch, student, pool, config, parts=None, old=None):
+    """(loss, gradient of the student's parameters, metrics' means), as micro-batches."""
+    scored = score_rollouts(batch, old or student, pool, config)
+    denominators = Denominators.of(batch, config)
+    total, grads, metrics = 0.0, 0.0, []
+    for micro in parts or [batch]:
+        loss, sums = distillation_loss(student.logits(micro), micro, scored, config, None, denominators)
+        grads = grads + parameters_grad(loss, student)
+        total += loss.item()
+        metrics.append(sums)
+    return total, grads, add_metrics(metrics).means()
+
+
+def reference(batch, student, pool, config, old=None):
+    """(loss, gradient) by definition; `pool` is asked for its models' logits only."""
+    logits = student.module(batch)[:, :VOCAB]
+    student_old = (old or student).module(batch)[:, :VOCAB].detach()
+    teacher_logits = {name: pool[name].backend.module(batch).detach() for name in pool.names}
+    bounds = batch.cu_seqlens.tolist()
+    spec_weights = {spec.name: spec.weight for spec in SPECS}
+    units, unit_of = {}, {}
+    for s in range(batch.num_seqs):
+        rows = [i for i in range(bounds[s], bounds[s + 1]) if batch.loss_mask[i]]
+        unit = {"token_mean": 0, "sample_mean": s, "rollout_mean": int(batch.rollout_ids[s])}[config.reduction]
+        for i in rows:
+            unit_of[i] = unit
+        units[unit] = units.get(unit, 0) + len(rows)
+    units = {unit: count for unit, count in units.items() if count}
+    loss = 0.0
+    for s in range(batch.num_seqs):
+        named = batch.teacher_names[s]
+        named = (named,) if isinstance(named, str) else named
+        named = pool.names if named == ("",) else [n for n in pool.names if n in named]
+        for i in range(bounds[s], bounds[s + 1]):
+            if not batch.loss_mask[i]:
+                continue
+            row_teachers = []
+            for name in named:
+                temperature = pool.temperature(name, config.temperature)
+                row_teachers.append((teacher_logits[name][i] / temperature).log_softmax(-1))
+            student_log_p = (student_old[i] / config.temperature).log_softmax(-1)
+            ids = reference_support(student_log_p, row_teachers, int(batch.tokens[i + 1]), config)
+            bucketed = [reference_buckets(log_p, ids) for log_p in row_teachers]
+            weights = torch.tensor([1.0 if config.mixture == "route" else spec_weights[n] for n in named]).double()
+            weights = weights / weights.sum()
+            log_q = reference_buckets((logits[i] / config.temperature).log_softmax(-1), ids)
+
+            def divergence(log_p, log_q=log_q):
+                return oracles.divergence_of(log_q, log_p, config.divergence, config.beta, config.alpha)
+
+            if config.mixture == "loss_sum":
+                value = sum(w * divergence(b) for w, b in zip(weights, bucketed))
+            elif config.mixture == "geometric":
+                mixed = sum(w * b for w, b in zip(weights, bucketed))
+                value = divergence(mixed - torch.logsumexp(mixed, 0))
+            else:
+                value = divergence(sum(w * b.exp() for w, b in zip(weights, bucketed)).log())
+            loss = loss + value / units[unit_of[i]] / len(units)
+    loss = loss * config.coefficient
+    return loss.item(), parameters_grad(loss, student)
+
+
+def reference_support(student_log_p, teachers, sampled, config):
+    def top(log_p):
+        return sorted(range(log_p.numel()), key=lambda v: -log_p[v].item())[: config.k]
+
+    if config.support == "rollout":
+        return [sampled]
+    mass = {}
+    sources = [student_log_p] if config.support in ("student", "union") else []
+    sources += teachers if config.support in ("teacher", "union") else []
+    for log_p in sources:
+        for v in top(log_p):
+            if v < VOCAB:
+                mass[v] = mass.get(v, 0) + log_p[v].exp().item()
+    return sorted(mass, key=lambda v: -mass[v])[: config.union_cap]
+
+
+def reference_buckets(log_p, ids):
+    inside = [log_p[v] if v < log_p.numel() else log_p.new_tensor(-math.inf) for v in ids]
+    rest = [v for v in range(log_p.numel()) if v not in ids]
+    return torch.stack([*inside, torch.logsumexp(log_p[rest], 0)])
+
+
+def agree(got, truth, tolerance=1e-10):
+    (loss, grad, *_), (true_loss, true_grad) = got, truth
+    return abs(loss - true_loss) <= tolerance * max(1, abs(true_loss)) and float(
+        (grad - true_grad).abs().max()
+    ) <= tolerance * max(1.0, float(true_grad.abs().max()))
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_value_and_gradient_are_the_definitions(support, mixture):
+    batch, student, pool = world(mixture=mixture)
+    cap = {"union": 6, "teacher": 5 if mixture != "route" else None}.get(support)
+    # forward_kl stays finite where the narrow teacher has no mass.
+    config = OPDConfig(
+        k=4, support=support, mixture=mixture, divergence="forward_kl", union_cap=cap, temperature=1.2, coefficient=0.7
+    )
+    truth = reference(batch, student, pool, config)
+    got = ours(batch, student, pool, config)
+    assert agree(got, truth)
+    if cap:
+        assert got[2]["union_dropped"] > 0
+    assert got[2]["rows"] == int(batch.loss_mask.sum()) and got[2]["nan_rows"] == got[2]["infinite_rows"] == 0
+    # Controls: another coefficient and another mixture are seen.
+    config.coefficient = 0.707
+    assert not agree(ours(batch, student, pool, config), truth)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_forward_kl"])
+def test_every_reduction_of_every_kind_of_divergence(reduction, divergence):
+    batch, student, pool = world()
+    batch.teacher_names = ["a", "b", "a", "b", "b", "a"]  # reverse_kl is infinite where teacher c has no mass
+    config = OPDConfig(k=4, reduction=reduction, divergence=divergence, beta=0.3)
+    truth = reference(batch, student, pool, config)
+    assert agree(ours(batch, student, pool, config), truth)
+    other = REDUCTIONS[(REDUCTIONS.index(reduction) + 1) % 3]
+    config.reduction = other
+    assert not agree(ours(batch, student, pool, config), truth)
+
+
+def splits(batch):
+    yield "one sequence each", batch.micro_batches(max_seqs=1)
+    yield "two sequences each", batch.micro_batches(max_seqs=2)
+    yield "by tokens", batch.micro_batches(max_tokens=17)
+    yield "another order", batch.select([4, 2, 0, 5, 1, 3]).micro_batches(max_seqs=4)
+    yield "with a micro-batch that has no loss row", [batch, batch.select([])]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("mixture", ["route", "arithmetic"])
+def test_nothing_changes_with_the_split(reduction, mixture):
+    rewards = [0.3, -1.0, 2.0, 0.0, 0.5, 1.0]
+    batch, student, pool = world(mixture=mixture, rewards=rewards)
+    config = OPDConfig(k=4, reduction=reduction, mixture=mixture, divergence="forward_kl", reward_beta=0.8)
+    loss, grad, means = ours(batch, student, pool, config)
+    for name, parts in splits(batch):
+        again = ours(batch, student, pool, config, parts)
+        assert agree(again, (loss, grad), 1e-13), name
+        for key, value in means.items():
+            assert again[2][key] == pytest.approx(value, rel=1e-12, nan_ok=True), (name, key)
+    # Control: denominators of each micro-batch instead of the global batch do change it.
+    scored = score_rollouts(batch, student, pool, config)
+    planted = 0.0
+    parts = batch.micro_batches(max_seqs=2)
+    for micro in parts:
+        own = Denominators.of(micro, config)
+        planted += distillation_loss(student.logits(micro), micro, scored, config, None, own)[0].item() / len(parts)
+    assert abs(planted - loss) > 1e-3
+
+
+def test_nothing_changes_with_padding_or_scoring_size():
+    batch, student, pool = world()
+    config = OPDConfig(k=4, support="union", divergence="forward_kl")
+    truth = ours(batch, student, pool, config)
+    assert agree(ours(pad_sequences(batch, 16), student, pool, config), truth[:2], 1e-13)
+    for tokens in (1, 20):
+        config.score_batch_tokens = tokens
+        assert agree(ours(batch, student, pool, config), truth[:2], 1e-13)
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+@pytest.mark.parametrize("what", ["student", "teacher", "support"])
+def test_one_row_off_is_seen_at_every_boundary(what, shift):
+    """Shifted by one, every sequence but the first row's neighbours reads another sequence's row somewhere."""
+    batch, student, pool = world()
+    config = OPDConfig(k=4, divergence="forward_kl", support="rollout" if what == "support" else "student")
+    truth = reference(batch, student, pool, config)
+    planted_student, planted_batch = student, batch
+    if what == "student":
+        planted_student = ToyBackend(VOCAB, seed=1, padding=3)
+        model = planted_student.module
+        planted_student.logits = lambda micro: model(micro).roll(shift, 0)
+        got = ours(batch, planted_student, pool, config, old=student)
+    elif what == "teacher":
+        for name in pool.names:
+            model = pool[name].backend.module
+            pool[name].backend.logits = lambda micro, model=model: model(micro).roll(shift, 0)
+        got = ours(batch, student, pool, config)
+    else:
+        original = type(batch).next_tokens
+        planted_batch.next_tokens = lambda: original(planted_batch).roll(shift).clamp(min=0)
+        got = ours(planted_batch, student, pool, config)
+    assert not agree(got, truth, 1e-4)
+
+
+def test_one_row_off_at_a_sample_boundary_alone_is_seen():
+    """Only the first row that counts of the last sequence is wrong: it reads the row before it."""
+    batch, student, pool = world()
+    config = OPDConfig(k=4, divergence="forward_kl")
+    truth = reference(batch, student, pool, config)
+    start = int(batch.cu_seqlens[-2])
+    row = start + int(batch.loss_mask[start:].nonzero()[0])
+    broken = ToyBackend(VOCAB, seed=1, padding=3)
+
+    def logits(micro):
+        rows = torch.arange(micro.num_tokens)
+        rows[row] = row - 1
+        return broken.module(micro)[rows]
+
+    broken.logits = logits
+    assert not agree(ours(batch, broken, pool, config, old=student), truth, 1e-4)
+
+
+def test_swapped_routing_changes_the_loss():
+    batch, student, pool = world()
+    config = OPDConfig(k=4, divergence="forward_kl")
+    loss = ours(batch, student, pool, config)[0]
+    swap = {"a": "b", "b": "a", "c": "c"}
+    batch.teacher_names = [swap[name] for name in batch.teacher_names]
+    swapped = ours(batch, student, pool, config)
+    assert abs(swapped[0] - loss) > 1e-2
+    assert agree(swapped, reference(batch, student, pool, config))
+
+
+def poisoned(pool, name, rows, value=math.nan):
+    """The pool's teacher gives `value` in these rows of the whole batch (scored in one forward)."""
+    model = pool[name].backend.module
+
+    def logits(micro):
+        out = model(micro).clone()
+        return out.masked_fill(rows(micro)[:, None], value)
+
+    pool[name].backend.logits = logits
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_nan_in_rows_that_do_not_count_poisons_nothing(mixture):
+    batch, student, pool = world(mixture=mixture)
+    config = OPDConfig(k=4, mixture=mixture, divergence="forward_kl")
+    truth = reference(batch, student, pool, config)
+    broken = ToyBackend(VOCAB, seed=1, padding=3)
+    broken.logits = lambda micro: broken.module(micro).masked_fill(~micro.loss_mask[:, None], math.nan)
+    for name in pool.names:
+        poisoned(pool, name, lambda micro: ~micro.loss_mask)
+    got = ours(batch, broken, pool, config)
+    assert agree(got, truth) and got[2]["nan_rows"] == 0
+
+
+@pytest.mark.parametrize("mixture", ["arithmetic", "geometric", "loss_sum"])
+def test_nan_of_a_teacher_without_weight_poisons_nothing(mixture):
+    batch, student, pool = world(mixture=mixture)
+    batch.teacher_names = [""] * 6
+    kept = torch.ones(batch.num_tokens)
+    kept[3::2] = 0
+    batch.teacher_weights = {"a": kept}
+    config = OPDConfig(k=4, mixture=mixture, divergence="forward_kl")
+    clean = ours(batch, student, pool, config)
+    poisoned(pool, "a", lambda micro: micro.teacher_weights["a"] == 0)
+    assert agree(ours(batch, student, pool, config), clean[:2], 1e-15)
+    poisoned(pool, "a", lambda micro: micro.teacher_weights["a"] == 1)
+    assert math.isnan(ours(batch, student, pool, config)[0])
+
+
+def test_nan_and_infinite_rows_that_count_are_counted():
+    batch, student, pool = world()
+    config = OPDConfig(k=8, divergence="reverse_kl")
+    got = ours(batch, student, pool, config)
+    assert got[2]["infinite_rows"] > 0 and got[0] == math.inf  # teacher c lacks ids the student has
+    assert math.isfinite(got[2]["divergence"]) and math.isnan(got[2]["divergence/a"]) is False
+    config.teacher_log_prob_min = -30.0
+    floored = ours(batch, student, pool, config)
+    assert floored[2]["infinite_rows"] == 0 and math.isfinite(floored[0]) and bool(floored[1].isfinite().all())
+    first = int(batch.loss_mask.nonzero()[0])
+    poisoned(pool, "a", lambda micro: torch.arange(micro.num_tokens) == first)
+    nan = ours(batch, student, pool, config)
+    assert nan[2]["nan_rows"] == 1 and math.isnan(nan[0]) and math.isfinite(nan[2]["student_entropy"])
+
+
+def test_coefficient_zero_trains_nothing_and_still_measures():
+    batch, student, pool = world()
+    config = OPDConfig(k=4, divergence="forward_kl", coefficient=0.0)
+    loss, grad, means = ours(batch, student, pool, config)
+    assert loss == 0.0 and not bool(grad.any()) and means["divergence"] > 0.1
+
+
+def test_metrics_are_what_they_say():
+    batch, student, pool = world()
+    config = OPDConfig(k=4, divergence="forward_kl")
+    means = ours(batch, student, pool, config)[2]
+    rows = batch.loss_mask
+    log_q = student.module(batch)[rows, :VOCAB].detach().log_softmax(-1)
+    top = log_q.topk(4).indices
+    support = log_q.gather(1, top).exp().sum(1).mean().item()
+    assert means["student_support_mass"] == pytest.approx(support, rel=1e-12)
+    assert means["student_tail_mass"] == pytest.approx(1 - support, rel=1e-10)
+    assert means["student_entropy"] == pytest.approx(-(log_q.exp() * log_q).sum(1).mean().item(), rel=1e-12)
+    assert means["support_size"] == 4.0 and means["state_weight"] == 1.0
+    sampled = batch.next_tokens()[rows]
+    assert means["coverage"] == pytest.approx((top == sampled[:, None]).any(1).double().mean().item())
+    assert sum(means[f"rows/{name}"] for name in pool.names) == means["rows"]
+    blend = sum(means[f"divergence/{name}"] * means[f"rows/{name}"] for name in pool.names) / means["rows"]
+    assert means["divergence"] == pytest.approx(blend, rel=1e-12)
+    assert means["loss"] == pytest.approx(means["divergence"], rel=1e-12)
+    teacher = [pool[n].backend.module(batch).detach() / (pool.temperature(n, 1.0)) for n in pool.names]
+    entropy = torch.stack([-(t.log_softmax(-1).exp() * t.log_softmax(-1)).sum(1) for t in teacher])
+    weights = pool.route(batch)
+    assert means["teacher_entropy"] == pytest.approx((entropy * weights).sum(0)[rows].mean().item(), rel=1e-12)
+
+
+def test_scores_are_frozen_while_the_student_moves():
+    """The support is the old policy's; the divergence is the new one's."""
+    batch, old, pool = world()
+    new = ToyBackend(VOCAB, seed=77, padding=3)
+    config = OPDConfig(k=4, divergence="forward_kl", optimizer_steps_per_rollout=2)
+    assert agree(ours(batch, new, pool, config, old=old), reference(batch, new, pool, config, old=old))
+    assert not agree(ours(batch, new, pool, config), reference(batch, new, pool, config, old=old))
+
+
+def test_state_weight_is_the_truncated_product_over_earlier_tokens():
+    batch, old, pool = world()
+    new = ToyBackend(VOCAB, seed=77, padding=3, scale=0.4)
+    log_mu = torch.randn(batch.num_tokens, dtype=torch.float64).abs().neg() * 2
+    batch.rollout_log_probs = log_mu
+    config = OPDConfig(k=4, divergence="forward_kl", state_weight_cap=1.5, reduction="token_mean")
+    log_q = new.module(batch)[:, :VOCAB].detach().log_softmax(-1)
+    weights = torch.ones(batch.num_tokens, dtype=torch.float64)
+    bounds = batch.cu_seqlens.tolist()
+    for s in range(batch.num_seqs):
+        running = 0.0
+        for i in range(bounds[s], bounds[s + 1]):
+            weights[i] = min(1.5, math.exp(running))
+            if batch.loss_mask[i]:
+                running += (log_q[i, batch.tokens[i + 1]] - log_mu[i]).item()
+    assert len(weights[batch.loss_mask].unique()) > 5 and bool((weights == 1.5).any())
+    plain = OPDConfig(k=4, divergence="forward_kl")
+    scored = score_rollouts(batch, old, pool, plain)
+    expected = 0.0
+    for row in batch.loss_mask.nonzero().flatten().tolist():
+        single = batch.select(range(batch.num_seqs))
+        single.loss_mask = torch.arange(batch.num_tokens) == row
+        rescored = score_rollouts(single, old, pool, plain)
+        own = Denominators.of(single, plain)
+        value = distillation_loss(new.logits(single), single, rescored, plain, None, own)[0]
+        expected = expected + weights[row] * value / int(batch.loss_mask.sum())
+    got = ours(batch, new, pool, config, old=old)
+    assert agree(got, (expected.item(), parameters_grad(expected, new)), 1e-11)
+    assert got[2]["state_weight"] == pytest.approx(weights[batch.loss_mask].mean().item())
+    assert scored.nbytes > 0
+    batch.rollout_log_probs = None
+    with pytest.raises(ValueError, match="rollout_log_probs: the visited-state weight needs them"):
+        ours(batch, new, pool, config, old=old)
+
+
+def test_an_infinite_ratio_stays_in_its_own_sequence():
+    batch = pack_rollouts([[1], [2]], [[3, 4, 5], [6, 7]], response_log_probs=[[-1.0] * 3, [-1.0] * 2])
+    from opd_engine.distillation import state_weights
+
+    log_probs = torch.full((batch.num_tokens,), -1.0)
+    log_probs[0] = -math.inf
+    weights = state_weights(batch, log_probs, cap=5.0)
+    assert weights[batch.loss_mask].tolist() == [1.0, 0.0, 0.0, 1.0, 1.0]
+
+
+def test_sampled_token_advantage_is_the_gradient_of_full_reverse_kl():
+    """Summed over every possible token with its probability, the estimator's gradient is exact."""
+    student, pool = ToyBackend(7, seed=1), TeacherPool({"a": LocalTeacher(ToyBackend(7, seed=2))})
+    prompt = [3]
+    log_q = student.module(pack_rollouts([prompt], [[0]]))[0].log_softmax(-1)
+    log_p = pool["a"].backend.module(pack_rollouts([prompt], [[0]]))[0].detach().log_softmax(-1)
+    exact = parameters_grad((log_q.exp() * (log_q - log_p)).sum(), student)
+    config = OPDConfig(loss_type="advantage", support="rollout")
+    expected = 0.0
+    for token in range(7):
+        own = log_q[token].item()
+        batch = pack_rollouts([prompt], [[token]], response_log_probs=[[own]])
+        batch.rollout_log_probs = batch.rollout_log_probs.double().where(~batch.loss_mask, own)
+        expected = expected + math.exp(own) * ours(batch, student, pool, config)[1]
+    torch.testing.assert_close(expected, exact, rtol=1e-9, atol=1e-11)
+    batch.rollout_log_probs = None
+    with pytest.raises(ValueError, match="rollout_log_probs: loss_type 'advantage' needs them"):
+        ours(batch, student, pool, config)
+
+
+def test_own_divergence_and_leading_shape_and_in_place():
+    batch, student, pool = world()
+    config = OPDConfig(k=4, divergence="forward_kl")
+    truth = reference(batch, student, pool, config)
+    config.divergence = lambda q, p: (
+        torch.where(q.indices == -1, 0.0, (p.log_probs.exp() * (p.log_probs - q.log_probs)).nan_to_num(0.0)).sum(-1)
+        + p.tail_log_prob.exp() * (p.tail_log_prob - q.tail_log_prob)
+    )
+    assert abs(ours(batch, student, pool, config)[0] - truth[0]) < 1e-10
+    config.divergence, config.inplace_backward = "forward_kl", True
+    shaped = ToyBackend(VOCAB, seed=1, padding=3)
+    shaped.logits = lambda micro: shaped.module(micro).unsqueeze(0) * 1.0
+    assert agree(ours(batch, shaped, pool, config, old=student), truth)
+
+
+def test_refusals_of_a_step():
+    batch, student, pool = world()
+    config = OPDConfig(k=4, divergence="forward_kl")
+    scored = score_rollouts(batch, student, pool, config)
+    denominators = Denominators.of(batch, config)
+    logits = student.logits(batch)
+    with pytest.raises(ValueError, match=f"logits: wanted {batch.num_tokens} rows"):
+        distillation_loss(logits[1:], batch, scored, config, None, denominators)
+    stranger = toy_batch(1, sample_ids=[99], teacher_names=["a"])
+    with pytest.raises(ValueError, match="denominators: sample 99 was not in the global batch"):
+        distillation_loss(student.logits(stranger), stranger, scored, config, None, denominators)
+    with pytest.raises(ValueError, match="sample 99: wanted a support in the cache, got none"):
+        own = Denominators.of(stranger, config)
+        distillation_loss(student.logits(stranger), stranger, scored, config, None, own)
+    scored.release(batch)
+    with pytest.raises(ValueError, match=r"sample 0: a support freed after 1 optimizer step\(s\)"):
+        distillation_loss(logits, batch, scored, config, None, denominators)
+    with pytest.raises(ValueError, match="k: wanted at most the student's vocabulary of 29, got 30"):
+        score_rollouts(batch, student, pool, OPDConfig(k=30))
+    student.tokens = {f"t{i}": i for i in range(VOCAB)}
+    pool["b"].backend.tokens = {**student.tokens, "t1": 2, "t2": 1}
+    with pytest.raises(ValueError, match="student and teacher 'b' disagree on 2 entries"):
+        score_rollouts(batch, student, pool, config)
