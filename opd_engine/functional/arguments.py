@@ -185,10 +185,10 @@ def _is_number(value: object) -> bool:
 def check_inplace_backward(logits: Tensor, name: str) -> bool:
     """Whether the gradient may take the logits' own memory.
 
-    Returns: False where nothing requires grad: the request is then without object.
+    Returns: False where nothing requires grad, and under torch.compile, which plans the memory itself.
     Raises: ValueError for a leaf, a view of a leaf, or logits with two elements at one address.
     """
-    if not (torch.is_grad_enabled() and logits.requires_grad):
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
         return False
     if logits.is_leaf:
         raise ValueError(

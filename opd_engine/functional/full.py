@@ -67,7 +67,7 @@ def full_distill_loss(
         whose upstream gradient is zero gets zeros, whatever it holds.
     """
 
-    def check() -> tuple[LogitRows, Tensor, int]:
+    def check() -> tuple[LogitRows, Tensor, int, bool]:
         rows = check_rows(student_logits, temperature, shard, name="student_logits")
         teacher, vocab_size = _check_teacher(
             teacher_logits, student_logits, rows, teacher_vocab_size, shard is not None
@@ -75,12 +75,11 @@ def full_distill_loss(
         if callable(divergence):
             raise ValueError("divergence: wanted the name of one; functions of TokenScores are for distill_loss")
         check_divergence(divergence, beta, alpha)
-        if inplace_backward:
-            check_inplace_backward(student_logits, "student_logits")
-        return rows, teacher, vocab_size
+        inplace = bool(inplace_backward) and check_inplace_backward(student_logits, "student_logits")
+        return rows, teacher, vocab_size, inplace
 
     device = student_logits.device if isinstance(student_logits, Tensor) else torch.device("cpu")
-    rows, teacher, teacher_vocab = check_together(
+    rows, teacher, teacher_vocab, inplace = check_together(
         shard,
         device,
         check,
@@ -104,7 +103,7 @@ def full_distill_loss(
             float(beta) if divergence == "jsd" else 0.5,
             float(alpha) if divergence.startswith("skew_") else 0.0,
         ),
-        bool(inplace_backward),
+        inplace,
     )
     return loss.view(rows.leading_shape)
 

@@ -108,7 +108,8 @@ def gather_log_probs(
     temperature: float, or [*] or [T], finite and > 0, a constant
     shard: which columns these are; None means the whole vocabulary
     inplace_backward: the backward writes the gradient over the logits. For logits that an operation computed and
-        that nobody reads after backward; ignored where they do not require grad
+        that nobody reads after backward; ignored where they do not require grad and under torch.compile, which
+        plans the memory itself
     loss_reduction: "replicated" where every rank of tp_group computes the same loss from these scores; "partial"
         where each holds a part of the sum (as under sequence parallelism)
     Returns: TokenScores with every field but, without a target, target_log_prob.
@@ -126,17 +127,16 @@ def gather_log_probs(
         upstream gradients are all zero gets zeros, whatever it holds.
     """
 
-    def check() -> tuple[LogitRows, Tensor, Tensor | None]:
+    def check() -> tuple[LogitRows, Tensor, Tensor | None, bool]:
         rows = check_rows(logits, temperature, shard)
         flat_indices = check_ids(indices, "indices", logits, rows, per_row=True, distinct=True)
         flat_target = None if target is None else check_ids(target, "target", logits, rows, per_row=False)
         if loss_reduction not in LOSS_REDUCTIONS:
             raise ValueError(f"loss_reduction: wanted one of {', '.join(LOSS_REDUCTIONS)}, got {loss_reduction!r}")
-        if inplace_backward:
-            check_inplace_backward(logits, "logits")
-        return rows, flat_indices, flat_target
+        inplace = bool(inplace_backward) and check_inplace_backward(logits, "logits")
+        return rows, flat_indices, flat_target, inplace
 
-    rows, flat_indices, flat_target = check_together(
+    rows, flat_indices, flat_target, inplace = check_together(
         shard,
         _device(logits),
         check,
@@ -152,7 +152,7 @@ def gather_log_probs(
         rows.row_temperature,
         rows.temperature,
         rows.shard,
-        bool(inplace_backward),
+        inplace,
         loss_reduction == "partial",
     )
     return _token_scores(rows, flat_indices, row_scores, has_target=flat_target is not None)

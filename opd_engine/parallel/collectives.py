@@ -20,6 +20,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# torch 2.13 renamed both and warns about the old names; 2.10 knows only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -93,7 +96,7 @@ def all_gather_stacked(tensor: Tensor, group: ProcessGroup | None, *, op: str = 
     if gathered.numel() > 0:
         _record(op, gathered, group)
         # Flat on both sides: backends disagree on whether a stacked output is welcome.
-        dist.all_gather_into_tensor(gathered.view(-1), tensor.view(-1), group=group)
+        _all_gather(gathered.view(-1), tensor.view(-1), group=group)
     return gathered
 
 
@@ -177,7 +180,7 @@ def _scattered(tensor: Tensor, group: ProcessGroup) -> Tensor:
     part = whole.new_empty((tensor.size(0) // tp_size, *tensor.shape[1:]))
     if whole.numel() > 0:
         _record("reduce_scatter", whole, group)
-        dist.reduce_scatter_tensor(part, whole, op=dist.ReduceOp.SUM, group=group)
+        _reduce_scatter(part, whole, op=dist.ReduceOp.SUM, group=group)
     return part.to(tensor.dtype)
 
 

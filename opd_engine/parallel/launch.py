@@ -189,6 +189,7 @@ class _Watcher(threading.Thread):
         self._neighbour = (rank + 1) % world_size
         self._timeout_s = timeout_s
         self._left = threading.Event()
+        self._unwinding = threading.Event()
         self._failure: str | None = None
 
     def run(self) -> None:
@@ -211,6 +212,7 @@ class _Watcher(threading.Thread):
 
     def post_failure(self, text: str) -> str | None:
         """Tell the others, and wait until they have heard. Returns another rank's failure where that came first."""
+        self._unwinding.set()
         if self._failure is not None:
             return self._failure
         try:
@@ -269,7 +271,7 @@ class _Watcher(threading.Thread):
         print(f"opd_engine: rank {self._rank} ends because {failure}", file=sys.stderr, flush=True)
         with contextlib.suppress(RuntimeError):
             self._store.set(f"heard/{self._rank}", "")
-        if not self._left.is_set():
+        if not (self._left.is_set() or self._unwinding.is_set()):
             _thread.interrupt_main()
         if not self._left.wait(min(_GRACE_S, self._timeout_s)):
             # The main thread sits in a call that Python cannot interrupt, a collective most likely.

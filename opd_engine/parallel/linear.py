@@ -5,6 +5,7 @@ Bound: arithmetic (one GEMM forward, two backward), and one all-reduce of the hi
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,13 +73,14 @@ class _VocabParallelLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logits: Tensor):
         hidden, weight = ctx.saved_tensors
-        grad_rows = grad_logits.reshape(-1, grad_logits.size(-1))
+        num_rows = math.prod(hidden.shape[:-1])  # spelled out: a shard of zero width leaves nothing to infer it from
+        grad_rows = grad_logits.reshape(num_rows, weight.size(0))
         grad_hidden = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             partial = _accumulate_wide(grad_rows, weight)
             grad_hidden = all_reduce_sum_(partial, ctx.group).to(hidden.dtype).view(hidden.shape)
         if ctx.needs_input_grad[1]:
-            rows = hidden.reshape(-1, hidden.size(-1)).to(grad_rows.dtype)
+            rows = hidden.reshape(num_rows, weight.size(1)).to(grad_rows.dtype)
             grad_weight = (grad_rows.t() @ rows).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0).to(ctx.bias_dtype)
