@@ -120,11 +120,14 @@ inline BucketTerm<typename M::V> bucket_term(const opd::DivergenceSpec& divergen
     const V value = plain ? -cost : is_small<M>(u, a * expm1_minus_u_series<M>(u), (m - a) - cost);
     return log_a == -kInfinity ? (plain ? m * 0.0 : m) : value;
   };
-  const V safe_m = m > 0.0 ? m : V{} + 1.0;                              // ratios below are 0 / 0 only where all is 0
-  const V q_cost = q > 0.0 ? -q * minus_log_q : q == 0.0 ? zero : q;     // q (log q - log m)
+  const V safe_m = m > 0.0 ? m : V{} + 1.0;                           // ratios below are 0 / 0 only where all is 0
+  const V q_cost = q > 0.0 ? -q * minus_log_q : q == 0.0 ? zero : q;  // q (log q - log m)
   if (divergence.kind == Divergence::kSkewForwardKL) {
     // m - p = q_weight (q - p)
-    const V excess = plain ? -p : q_weight * (log_p == -kInfinity ? q : log_q == -kInfinity ? -p : difference<M>(p, q, r));
+    const V excess = plain ? -p
+                           : q_weight * (log_p == -kInfinity   ? q
+                                         : log_q == -kInfinity ? -p
+                                                               : difference<M>(p, q, r));
     return {term(log_p, p, minus_log_p), q_weight * q * excess / safe_m};
   }
   if (skew_reverse) {

@@ -126,11 +126,11 @@ struct FullDivergenceParams {
   LogitsView student, teacher;
   Temperature temperature;
   DivergenceSpec divergence;
-  int64_t num_shared;                           // columns below both vocabularies: the teacher's support
-  const void *student_stats, *teacher_stats;    // merged [T, 5]
-  void* sums;                                   // forward out, backward in: [T, 2]
-  const void* grad_loss;                        // [T], backward only
-  LogitsView grad;                              // backward only; may be the student's logits
+  int64_t num_shared;                         // columns below both vocabularies: the teacher's support
+  const void *student_stats, *teacher_stats;  // merged [T, 5]
+  void* sums;                                 // forward out, backward in: [T, 2]
+  const void* grad_loss;                      // [T], backward only
+  LogitsView grad;                            // backward only; may be the student's logits
 };
 
 struct DistillLossParams {

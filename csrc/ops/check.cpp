@@ -9,14 +9,22 @@ namespace {
 
 std::string describe(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Double: return "float64";
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Bool: return "bool";
-    default: return "dtype number " + std::to_string(static_cast<int>(dtype));
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "dtype number " + std::to_string(static_cast<int>(dtype));
   }
 }
 
@@ -29,10 +37,14 @@ std::string describe_sizes(const Sizes& sizes) {
 
 DType logits_dtype(const char* op, const char* name, const Tensor& logits) {
   switch (logits.scalar_type()) {
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
     default:
       STD_TORCH_CHECK(false, op, ": ", name, " must be float64, float32, bfloat16 or float16, got ",
                       describe(logits.scalar_type()));
@@ -54,8 +66,8 @@ Context context_of(const char* op, const Tensor& logits) {
 }
 
 Context context_of_scores(const char* op, const char* name, const Tensor& scores) {
-  STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Float, op, ": ", name,
-                  " must be float64 or float32, got ", describe(scores.scalar_type()));
+  STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Float, op, ": ",
+                  name, " must be float64 or float32, got ", describe(scores.scalar_type()));
   return {op, scores.scalar_type(), &scores};
 }
 
@@ -69,9 +81,9 @@ LogitsView view_of(const Context& context, const char* name, const Tensor& logit
   STD_TORCH_CHECK(vocab_size >= 1, context.op, ": vocab_size must be at least 1, got ", vocab_size);
   STD_TORCH_CHECK(vocab_start_index >= 0, context.op, ": vocab_start_index must not be negative, got ",
                   vocab_start_index);
-  STD_TORCH_CHECK(logits.get_device_index() == context.like->get_device_index() &&
-                      logits.is_cpu() == context.like->is_cpu(),
-                  context.op, ": ", name, " must be on the device of the other arguments");
+  STD_TORCH_CHECK(
+      logits.get_device_index() == context.like->get_device_index() && logits.is_cpu() == context.like->is_cpu(),
+      context.op, ": ", name, " must be on the device of the other arguments");
   LogitsView view{};
   view.data = logits.data_ptr();
   view.dtype = logits_dtype(context.op, name, logits);
@@ -101,9 +113,9 @@ void check_tensor(const Context& context, const char* name, const Tensor& tensor
   STD_TORCH_CHECK(same, context.op, ": ", name, " must have shape ", describe_sizes(sizes), ", got ",
                   describe_sizes(tensor.sizes()));
   STD_TORCH_CHECK(tensor.is_contiguous(), context.op, ": ", name, " must be contiguous");
-  STD_TORCH_CHECK(tensor.get_device_index() == context.like->get_device_index() &&
-                      tensor.is_cpu() == context.like->is_cpu(),
-                  context.op, ": ", name, " must be on the device of the other arguments");
+  STD_TORCH_CHECK(
+      tensor.get_device_index() == context.like->get_device_index() && tensor.is_cpu() == context.like->is_cpu(),
+      context.op, ": ", name, " must be on the device of the other arguments");
 }
 
 void check_scores(const Context& context, const char* name, const Tensor& tensor,
@@ -164,7 +176,8 @@ DivergenceSpec parse_divergence(const Context& context, const std::string& diver
 TailMode parse_tail(const Context& context, const std::string& tail) {
   if (tail == "bucket") return TailMode::kBucket;
   if (tail == "truncate") return TailMode::kTruncate;
-  STD_TORCH_CHECK(tail == "renormalize", context.op, ": tail must be bucket, truncate or renormalize, got '", tail, "'");
+  STD_TORCH_CHECK(tail == "renormalize", context.op, ": tail must be bucket, truncate or renormalize, got '", tail,
+                  "'");
   return TailMode::kRenormalize;
 }
 

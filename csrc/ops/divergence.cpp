@@ -47,8 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> bucket_divergence(Tensor indices, Tensor stud
 FullDivergenceParams full_params(const Context& context, const Tensor& student_logits, const Tensor& teacher_logits,
                                  const Tensor& student_stats, const Tensor& teacher_stats, int64_t vocab_start_index,
                                  int64_t vocab_size, int64_t teacher_vocab_size, const std::string& divergence,
-                                 double beta, double alpha, double temperature,
-                                 const OptionalTensor& row_temperature) {
+                                 double beta, double alpha, double temperature, const OptionalTensor& row_temperature) {
   FullDivergenceParams p{};
   p.student = view_of(context, "student_logits", student_logits, vocab_start_index, vocab_size);
   p.teacher = view_of(context, "teacher_logits", teacher_logits, vocab_start_index, teacher_vocab_size);
@@ -82,9 +81,9 @@ Tensor full_divergence(Tensor student_logits, Tensor teacher_logits, Tensor stud
                        std::string divergence, double beta, double alpha, double temperature,
                        OptionalTensor row_temperature) {
   const Context context = context_of("full_divergence", student_logits);
-  FullDivergenceParams p = full_params(context, student_logits, teacher_logits, student_stats, teacher_stats,
-                                       vocab_start_index, vocab_size, teacher_vocab_size, divergence, beta, alpha,
-                                       temperature, row_temperature);
+  FullDivergenceParams p =
+      full_params(context, student_logits, teacher_logits, student_stats, teacher_stats, vocab_start_index, vocab_size,
+                  teacher_vocab_size, divergence, beta, alpha, temperature, row_temperature);
   const int64_t num_tokens = p.student.num_rows, item = context.is_float64() ? 8 : 4;
   const Pieces pieces = pieces_of(p.student);
   Tensor sums = context.empty_scores({pieces.count, num_tokens, 2});
@@ -118,24 +117,24 @@ Tensor full_divergence_backward(Tensor student_logits, Tensor teacher_logits, Te
                                 double temperature, OptionalTensor row_temperature, Tensor sums, Tensor grad_loss) {
   const Context context = context_of("full_divergence_backward", student_logits);
   Tensor grad = new_gradient(student_logits);
-  launch_full_backward(context,
-                       full_params(context, student_logits, teacher_logits, student_stats, teacher_stats,
-                                   vocab_start_index, vocab_size, teacher_vocab_size, divergence, beta, alpha,
-                                   temperature, row_temperature),
-                       grad, sums, grad_loss, vocab_start_index, vocab_size);
+  launch_full_backward(
+      context,
+      full_params(context, student_logits, teacher_logits, student_stats, teacher_stats, vocab_start_index, vocab_size,
+                  teacher_vocab_size, divergence, beta, alpha, temperature, row_temperature),
+      grad, sums, grad_loss, vocab_start_index, vocab_size);
   return grad;
 }
 
-void full_divergence_backward_(Tensor student_logits, Tensor teacher_logits, Tensor student_stats,
-                               Tensor teacher_stats, int64_t vocab_start_index, int64_t vocab_size,
-                               int64_t teacher_vocab_size, std::string divergence, double beta, double alpha,
-                               double temperature, OptionalTensor row_temperature, Tensor sums, Tensor grad_loss) {
+void full_divergence_backward_(Tensor student_logits, Tensor teacher_logits, Tensor student_stats, Tensor teacher_stats,
+                               int64_t vocab_start_index, int64_t vocab_size, int64_t teacher_vocab_size,
+                               std::string divergence, double beta, double alpha, double temperature,
+                               OptionalTensor row_temperature, Tensor sums, Tensor grad_loss) {
   const Context context = context_of("full_divergence_backward_", student_logits);
-  launch_full_backward(context,
-                       full_params(context, student_logits, teacher_logits, student_stats, teacher_stats,
-                                   vocab_start_index, vocab_size, teacher_vocab_size, divergence, beta, alpha,
-                                   temperature, row_temperature),
-                       student_logits, sums, grad_loss, vocab_start_index, vocab_size);
+  launch_full_backward(
+      context,
+      full_params(context, student_logits, teacher_logits, student_stats, teacher_stats, vocab_start_index, vocab_size,
+                  teacher_vocab_size, divergence, beta, alpha, temperature, row_temperature),
+      student_logits, sums, grad_loss, vocab_start_index, vocab_size);
 }
 
 Tensor distill_loss_(Tensor logits, Tensor indices, Tensor teacher_log_probs, Tensor teacher_tail, Tensor weights,

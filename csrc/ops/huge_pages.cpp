@@ -20,7 +20,9 @@ Tensor new_gradient(const Tensor& logits) {
     const bool is_half = logits.scalar_type() == torch::headeronly::ScalarType::BFloat16 ||
                          logits.scalar_type() == torch::headeronly::ScalarType::Half;
     const uintptr_t bytes = static_cast<uintptr_t>(gradient.numel()) *
-                            (is_half ? 2 : logits.scalar_type() == torch::headeronly::ScalarType::Double ? 8 : 4);
+                            (is_half                                                         ? 2
+                             : logits.scalar_type() == torch::headeronly::ScalarType::Double ? 8
+                                                                                             : 4);
     const uintptr_t begin = reinterpret_cast<uintptr_t>(gradient.data_ptr());
     const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1), last = (begin + bytes) & ~(kHugePage - 1);
     // Only whole huge pages inside the allocation: its neighbours are not ours to advise. Best effort: no check.

@@ -23,9 +23,7 @@ inline Pieces pieces_of(const LogitsView& logits) {
   return {(logits.width + columns - 1) / columns, columns};
 }
 
-inline int64_t item_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
+inline int64_t item_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // Columns [piece * columns, ...) of the view, as a shard of their own.
 inline LogitsView piece_of(const LogitsView& logits, const Pieces& pieces, int64_t piece) {

@@ -86,7 +86,8 @@ SixTensors merge_topk(Tensor packed, int64_t k, OptionalTensor target, int64_t v
   p.lse = lse.data_ptr();
   p.entropy = entropy.data_ptr();
   p.target_log_prob = target_log_prob.data_ptr();
-  parallel_rows(p.num_rows, 64 * (p.tp_size * k + 1), [&](int64_t begin, int64_t end) { cpu::merge_topk(p, begin, end); });
+  parallel_rows(p.num_rows, 64 * (p.tp_size * k + 1),
+                [&](int64_t begin, int64_t end) { cpu::merge_topk(p, begin, end); });
   return {indices, log_probs, tail, lse, entropy, target_log_prob};
 }
 
@@ -167,8 +168,8 @@ SixTensors merge_gather(Tensor stats, Tensor support_logits, Tensor indices, Opt
   return {log_probs, tail, lse, entropy, target_log_prob, merged};
 }
 
-SixTensors gather_log_probs(Tensor logits, Tensor indices, OptionalTensor target, int64_t vocab_size, double temperature,
-                            OptionalTensor row_temperature) {
+SixTensors gather_log_probs(Tensor logits, Tensor indices, OptionalTensor target, int64_t vocab_size,
+                            double temperature, OptionalTensor row_temperature) {
   STD_TORCH_CHECK(logits.dim() >= 1 && logits.size(logits.dim() - 1) >= vocab_size,
                   "gather_log_probs: logits must hold the whole vocabulary of ", vocab_size, " columns, got ",
                   logits.dim() >= 1 ? logits.size(logits.dim() - 1) : 0);

@@ -30,11 +30,16 @@ double log_sum_exp(const double* x, int64_t count) {
 // What flooring the teacher adds to the plain sum beyond the non-negative terms: see docs/math.md, "Floors".
 double floored_mass_correction(const DivergenceSpec& divergence, double added_mass) {
   switch (divergence.kind) {
-    case Divergence::kForwardKL: return added_mass;
-    case Divergence::kReverseKL: return -added_mass;
-    case Divergence::kSkewForwardKL: return (1 - divergence.mix) * added_mass;
-    case Divergence::kSkewReverseKL: return -(1 - divergence.mix) * added_mass;
-    case Divergence::kJSD: return 0;
+    case Divergence::kForwardKL:
+      return added_mass;
+    case Divergence::kReverseKL:
+      return -added_mass;
+    case Divergence::kSkewForwardKL:
+      return (1 - divergence.mix) * added_mass;
+    case Divergence::kSkewReverseKL:
+      return -(1 - divergence.mix) * added_mass;
+    case Divergence::kJSD:
+      return 0;
   }
   return kNaN;
 }
@@ -86,8 +91,8 @@ void bucket_row(const BucketDivergenceParams& p, int64_t row, Workspace* w) {
     }
     double gradient_sum = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const auto term =
-          scalar::bucket_term<scalar::ScalarMath>(p.divergence, w->log_q[i], w->log_p[i], p.tail == TailMode::kTruncate);
+      const auto term = scalar::bucket_term<scalar::ScalarMath>(p.divergence, w->log_q[i], w->log_p[i],
+                                                                p.tail == TailMode::kTruncate);
       value += term.value;
       gradient_sum += term.gradient;
       w->gradient[i] = term.gradient;
@@ -135,23 +140,34 @@ void distill_rows(const DistillLossParams& p, int64_t begin, int64_t end) {
     const int64_t* ids = p.indices + row * p.k;
     const bool is_float64 = sizeof(Score) == sizeof(double);
 
-    const GatherPartialsParams gather{one, temperature, p.k, 0, p.vocab_size, ids, nullptr, stats.data(), support.data()};
+    const GatherPartialsParams gather{one,     temperature,  p.k,           0, p.vocab_size, ids,
+                                      nullptr, stats.data(), support.data()};
     kernels->gather_partials(gather, 0, 1);
-    const MergeGatherParams merge{stats.data(), support.data(), 1,     1,        p.k, p.vocab_size, is_float64,
-                                  temperature,  ids,            nullptr, student.data(), &tail, &lse,
-                                  &entropy,     &no_target,     merged.data()};
+    const MergeGatherParams merge{
+        stats.data(), support.data(), 1,     1,    p.k,      p.vocab_size, is_float64,   temperature, ids,
+        nullptr,      student.data(), &tail, &lse, &entropy, &no_target,   merged.data()};
     merge_gather(merge, 0, 1);
-    const BucketDivergenceParams bucket{1, p.k, is_float64, p.divergence, p.tail, p.has_floor, p.teacher_log_prob_min,
-                                        ids, student.data(), &tail,
+    const BucketDivergenceParams bucket{1,
+                                        p.k,
+                                        is_float64,
+                                        p.divergence,
+                                        p.tail,
+                                        p.has_floor,
+                                        p.teacher_log_prob_min,
+                                        ids,
+                                        student.data(),
+                                        &tail,
                                         static_cast<const Score*>(p.teacher_log_probs) + row * p.k,
                                         static_cast<const Score*>(p.teacher_tail) + row,
-                                        static_cast<Score*>(p.loss) + row, upstream.data(), &upstream[p.k]};
+                                        static_cast<Score*>(p.loss) + row,
+                                        upstream.data(),
+                                        &upstream[p.k]};
     bucket_row<Score>(bucket, 0, &workspace);
     const Score weight = static_cast<const Score*>(p.weights)[row];
     for (int64_t j = 0; j <= p.k; ++j) upstream[j] = weight == 0 ? Score{0} : upstream[j] * weight;
     upstream[p.k + 1] = upstream[p.k + 2] = upstream[p.k + 3] = 0;
-    const ScoresBackwardParams backward{one, one, temperature, p.k, 0, p.vocab_size, ids, nullptr, merged.data(),
-                                        upstream.data()};
+    const ScoresBackwardParams backward{one,          one, temperature, p.k,           0,
+                                        p.vocab_size, ids, nullptr,     merged.data(), upstream.data()};
     kernels->scores_backward(backward, 0, 1);
   }
 }

@@ -18,13 +18,14 @@ struct VariantKernels {
 // The best variant this processor runs, chosen once; OPD_CPU_VARIANT=baseline|avx2|avx512|neon forces one.
 // Returns nullptr when the forced one is not compiled in or not supported here.
 const VariantKernels* variant_kernels();
-const char* requested_variant();     // what OPD_CPU_VARIANT asked for, "" if nothing
-const char* available_variants();    // comma-separated, best first
+const char* requested_variant();   // what OPD_CPU_VARIANT asked for, "" if nothing
+const char* available_variants();  // comma-separated, best first
 
 void merge_topk(const MergeTopkParams&, int64_t begin, int64_t end);
 void merge_gather(const MergeGatherParams&, int64_t begin, int64_t end);
-// Pieces of one shard into that shard's partials. topk: `tp_size` pieces of `packed` into `combined`. gather: `stats` and
-// `support_logits` [pieces, T, ...] into `merged_stats` [T, 5] and (through log_probs) support logits [T, k + has_target].
+// Pieces of one shard into that shard's partials. topk: `tp_size` pieces of `packed` into `combined`. gather: `stats`
+// and `support_logits` [pieces, T, ...] into `merged_stats` [T, 5] and (through log_probs) support logits [T, k +
+// has_target].
 void combine_topk_partials(const MergeTopkParams&, int32_t* combined, int64_t begin, int64_t end);
 void combine_gather_partials(const MergeGatherParams&, int64_t begin, int64_t end);
 void bucket_divergence(const BucketDivergenceParams&, int64_t begin, int64_t end);

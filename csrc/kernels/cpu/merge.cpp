@@ -173,7 +173,9 @@ void topk_rows(const MergeTopkParams& p, int64_t begin, int64_t end) {
       const bool present = j < merged.kept && !scores.is_nan;
       p.indices[row * p.k + j] = present ? candidates[j].id() : kAbsent;
       put<Score>(p.log_probs, row * p.k + j,
-                 present ? log_prob(scores, candidates[j].value(), temperature) : scores.is_nan ? kNaN : -kInf);
+                 present         ? log_prob(scores, candidates[j].value(), temperature)
+                 : scores.is_nan ? kNaN
+                                 : -kInf);
     }
     put<Score>(p.tail_log_prob, row, scores.tail_log_prob);
     put<Score>(p.lse, row, scores.lse);

@@ -38,7 +38,7 @@ OPD_INLINE float to_float(Float16 x) {
   return _cvtsh_ss(x.bits);
 #else
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  float value = bit_cast<float>(magnitude) * 5.192296858534828e33f;  // 2^112 rebias, subnormals included
+  float value = bit_cast<float>(magnitude) * 5.192296858534828e33f;                // 2^112 rebias, subnormals included
   if (magnitude >= 0x0f800000u) value = bit_cast<float>(magnitude | 0x7f800000u);  // inf and NaN
   return bit_cast<float>(bit_cast<uint32_t>(value) | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 #endif
@@ -121,10 +121,14 @@ OPD_INLINE Scalar* row_pointer(const LogitsView& logits, int64_t row) {
 template <class Body>
 OPD_INLINE void with_scalar(DType dtype, const Body& body) {
   switch (dtype) {
-    case DType::kFloat64: return body(double{});
-    case DType::kFloat32: return body(float{});
-    case DType::kBFloat16: return body(BFloat16{});
-    case DType::kFloat16: return body(Float16{});
+    case DType::kFloat64:
+      return body(double{});
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
   }
 }
 

@@ -86,9 +86,8 @@ void for_each_block(const FullDivergenceParams& p, int64_t row, const Row& r, co
 // The teacher may have another dtype than the student: the pair of element types, one call.
 template <class Body>
 void with_scalars(const FullDivergenceParams& p, const Body& body) {
-  with_scalar(p.student.dtype, [&](auto student) {
-    with_scalar(p.teacher.dtype, [&](auto teacher) { body(student, teacher); });
-  });
+  with_scalar(p.student.dtype,
+              [&](auto student) { with_scalar(p.teacher.dtype, [&](auto teacher) { body(student, teacher); }); });
 }
 
 }  // namespace

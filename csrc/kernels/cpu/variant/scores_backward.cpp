@@ -88,8 +88,8 @@ void rows_of(const ScoresBackwardParams& p, int64_t begin, int64_t end) {
         exceptions[num_exceptions++] = {column, up[j], true};
       }
     }
-    const int64_t target_column = p.target == nullptr || p.target[row] == kAbsent ? -1
-                                                                                   : p.target[row] - p.vocab_start_index;
+    const int64_t target_column =
+        p.target == nullptr || p.target[row] == kAbsent ? -1 : p.target[row] - p.vocab_start_index;
     if (0 <= target_column && target_column < valid) {
       int64_t j = 0;
       while (j < num_exceptions && exceptions[j].column != target_column) ++j;

@@ -11,8 +11,9 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 struct Statistics {
-  double max = -kInf, sum = 0, lost = 0, weighted = 0;  // sum + lost: compensated, or float64 rows lose digits by k and V
-  bool poisoned = false;                                // a NaN or +inf was seen: the whole row is NaN
+  double max = -kInf, sum = 0, lost = 0,
+         weighted = 0;    // sum + lost: compensated, or float64 rows lose digits by k and V
+  bool poisoned = false;  // a NaN or +inf was seen: the whole row is NaN
 
   void add_to_sum(double value) {
     const double grown = sum + value, back = grown - sum;

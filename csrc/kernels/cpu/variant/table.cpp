@@ -13,7 +13,8 @@ void full_divergence(const FullDivergenceParams&, int64_t begin, int64_t end);
 void full_divergence_backward(const FullDivergenceParams&, int64_t begin, int64_t end);
 
 extern const VariantKernels kKernels;
-const VariantKernels kKernels = {OPD_STRINGIZE(OPD_CPU_VARIANT), topk_partials,   gather_partials,
-                                 scores_backward,                full_divergence, full_divergence_backward};
+const VariantKernels kKernels = {
+    OPD_STRINGIZE(OPD_CPU_VARIANT), topk_partials, gather_partials, scores_backward, full_divergence,
+    full_divergence_backward};
 
 }  // namespace opd::cpu::OPD_CPU_VARIANT
