@@ -16,6 +16,7 @@ from torch import Tensor
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 TAIL_MODES = ("bucket", "truncate", "renormalize")
 NEG_INF = -math.inf
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -54,10 +55,17 @@ def log_softmax_rows(
         temperature = temperature.to(dtype)[..., None]
     z = logits[..., :vocab_size].to(dtype)
     masked = z == NEG_INF
-    y = torch.where(masked, NEG_INF, torch.where(masked, 0.0, z) / temperature)
+    z = torch.where(masked, 0.0, z)
+    # The truth is centred (a softmax does not see a common shift), so that its own rounding is far below float64's
+    # floor. Eager torch divides what it is given.
+    center = z.detach().max(-1, keepdim=True).values if dtype == torch.float64 and z.numel() else 0.0
+    y = (z - center) / temperature
+    # What overflows in float32 scores is a mask, in their truth too; the gradient still passes, as in eager torch.
+    y = torch.where(masked, NEG_INF, y + torch.where(y < -FLOAT32_MAX, NEG_INF, 0.0).detach())
     lse = masked_logsumexp(y, torch.ones_like(y, dtype=torch.bool))
     lse = lse + (lse - lse).detach()  # an infinite lse (a +inf logit, or none above -inf) makes the whole row NaN
-    return y - lse[..., None], lse
+    shift = (center / temperature)[..., 0] if isinstance(center, Tensor) else 0.0
+    return y - lse[..., None], lse + shift
 
 
 def pick(log_q: Tensor, ids: Tensor, vocab_size: int) -> Tensor:

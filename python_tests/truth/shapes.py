@@ -103,7 +103,7 @@ def _build() -> list[Case]:
     padded.vocab_size = 39
     padded.target.clamp_(max=38)
     for logits in (padded.logits, padded.teacher_logits):
-        _edit(logits, (slice(None), slice(39, None)), ((0, 39), math.nan), ((1, 40), math.inf), ((2, 41), 60000.0))
+        _edit(logits, ((0, 39), math.nan), ((1, 40), math.inf), ((2, 41), 60000.0))
         logits[3, 39:] = 60000.0
     _edit(by_name["masked"].logits, ((slice(None), slice(0, None, 5)), NEG_INF), ((1, slice(10, None)), NEG_INF))
     _edit(by_name["masked"].teacher_logits, ((slice(None), slice(2, None, 7)), NEG_INF))

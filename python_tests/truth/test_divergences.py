@@ -12,8 +12,9 @@ from tolerances import DTYPES, NAMES, check
 from truth import shapes
 from truth.compare import check_loss, mixed_support
 
-CASES = ["k_1", "k_vocab", "ragged", "temperatures", "cold", "padded", "masked", "few_finite", "transposed", "flat"]
-CASES += ["peaked", "one_hot_teacher", "one_hot_student", "finfo_min", "empty", "gpt2", "vocab_1", "offset"]
+CASES = ["k_1", "k_vocab", "ragged", "temperatures", "cold", "padded", "masked", "few_finite", "transposed"]
+CASES += ["peaked", "one_hot_teacher", "one_hot_student", "finfo_min", "empty"]
+TEACHER_SUPPORT = ["ragged", "masked", "padded", "one_hot_teacher"]  # where it differs from the student's in kind
 PARAMETERS = {"jsd": [{"beta": b} for b in (0.5, 0.1, 0.0, 1.0)], "skew_forward_kl": [{"alpha": a} for a in (0.1, 0.0)]}
 PARAMETERS["skew_reverse_kl"] = [{"alpha": a} for a in (0.1, 0.7)]
 
@@ -40,16 +41,19 @@ def as_token_scores(scores, dtype):
     )
 
 
-@pytest.mark.parametrize("support", ["student", "teacher", "mixed"])
+EVERY_SUPPORT = [(name, support) for name in CASES for support in ("student", "mixed")]
+EVERY_SUPPORT += [(name, "teacher") for name in TEACHER_SUPPORT]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, support", EVERY_SUPPORT)
 def test_every_divergence_and_tail(name, dtype, support):
     case = shapes.CASES[name]
     logits, teacher_logits = shapes.in_dtype(case, dtype)
     ids = support_of(support, case, logits, teacher_logits)
     shard = VocabShard(0, case.logits.shape[-1], case.vocab_size)
     teacher = opd_engine.gather_log_probs(teacher_logits, ids, temperature=case.temperature, shard=shard)
-    for floor in (None, -8.0):
+    for floor in (None, -8.0) if support == "mixed" else (None,):
         for setting in every_setting():
 
             def ours(z, setting=setting, floor=floor):
@@ -65,7 +69,7 @@ def test_every_divergence_and_tail(name, dtype, support):
             check_loss(f"{name} {support} floor={floor} {setting}", logits, ours, definition)
 
 
-@pytest.mark.parametrize("setting", every_setting(), ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("setting", list(every_setting()), ids=lambda s: "-".join(map(str, s.values())))
 def test_non_negative_and_accurate_near_the_teacher(setting):
     """Logits that differ by 1e-4, float32: the plain formula is noise there, the non-negative one is not."""
     if setting["tail"] == "truncate":
@@ -116,7 +120,7 @@ def test_terms_where_an_exponential_overflows_or_underflows(divergence, gap):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=NAMES.get)
-@pytest.mark.parametrize("setting", every_setting(), ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("setting", list(every_setting()), ids=lambda s: "-".join(map(str, s.values())))
 def test_infinite_rows_stay_alone(setting, dtype):
     """Zeros of one side: the value is honestly infinite where the definition is, in its own row."""
     log_q = torch.tensor([[-1.0, -math.inf], [-1.0, -2.0], [-math.inf, -1.0], [-0.7, -0.9]], dtype=torch.float64)
