@@ -12,6 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 py := .venv/bin/python
 pip := $(py) -m pip install --quiet
 torch_stamp := .venv/.installed-$(subst /,_,$(subst =,-,$(subst >,-,$(TORCH))))
+c_sources := '*.cpp' '*.h' '*.cu' '*.cuh'
 build_requires := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.24' ninja
 # Extras whose packages want another torch would replace it silently; the constraint makes that an error.
 constraint := .venv/torch-constraint.txt
@@ -36,13 +37,13 @@ build: .venv/.installed-dev ## Build or refresh opd_engine/_C in place; .venv im
 lint: .venv/.installed-dev ## ruff and clang-format, changing nothing
 	$(py) -m ruff check .
 	$(py) -m ruff format --check .
-	@sources=$$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh'); \
+	@sources=$$(git ls-files $(c_sources)); \
 	  [ -z "$$sources" ] || .venv/bin/clang-format --dry-run --Werror $$sources
 
 format: .venv/.installed-dev ## Let ruff and clang-format rewrite the sources
 	$(py) -m ruff check --fix .
 	$(py) -m ruff format .
-	.venv/bin/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	.venv/bin/clang-format -i $$(git ls-files $(c_sources))
 
 docs: build .venv/.installed-docs ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(py) -m mkdocs build --strict --quiet
