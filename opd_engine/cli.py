@@ -27,7 +27,7 @@ def _train_parser(commands) -> None:
         "a flag wins over the file.",
         epilog="example: opd-engine train --student ./small --teacher math=./big --prompts prompts.jsonl "
         "--opd.divergence jsd --opd.k 64",
-        usage="opd-engine train [CONFIG] [--student DIR] [--teacher NAME=DIR ...] [--prompts FILE] [--section.key VALUE]",
+        usage="opd-engine train [CONFIG] [--student DIR] [--teacher NAME=DIR] [--prompts FILE] [--section.key VALUE]",
         allow_abbrev=False,
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="TOML file; without one, defaults and flags")

@@ -178,8 +178,7 @@ class Trainer:
             config.rollout,
             end_token_ids(self.student.module, self.tokenizer),
             padding_token_id(self.tokenizer),
-            self.world.group,
-            self.world.is_main,
+            self.world,
         )
         self.evaluator = Evaluator(
             self.experiment, config.eval, self.writer, self.tokenizer, config.opd.temperature, config.run.seed + 1

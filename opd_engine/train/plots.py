@@ -53,10 +53,24 @@ def _line(axes, points: tuple[list[int], list[float]], label: str, color: str, *
     return bool(points[0])
 
 
-def _save(figure, axes, path: Path) -> Path:
-    axes.legend(loc="best", frameon=False)
+def _save(figure, path: Path) -> Path:
+    # Below the axes: inside, a legend hides lines sooner or later.
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
     return path
+
+
+def _right_axis(axes, points: tuple[list[int], list[float]], label: str, y_label: str, top: float) -> None:
+    if points[0]:
+        right = axes.twinx()
+        right.plot(*points, color="#888888", linestyle=":", label=label)
+        right.set_ylabel(y_label)
+        right.set_ylim(0.0, top)
+
+
+def _from_zero(axes) -> None:
+    """The vertical axis from 0, with room above the highest point."""
+    axes.set_ylim(0.0, 1.08 * max((max(line.get_ydata()) for line in axes.get_lines()), default=1.0) or 1.0)
 
 
 def _plot_accuracy(records, teachers: Mapping[str, float], path: Path) -> Path | None:
@@ -64,55 +78,44 @@ def _plot_accuracy(records, teachers: Mapping[str, float], path: Path) -> Path |
     if not tasks:
         return None
     figure, axes = _axes("Held-out accuracy by task, greedy", "fraction of problems right")
-    for task, color in zip(tasks, _COLORS * len(tasks)):
+    for place, (task, color) in enumerate(zip(tasks, _COLORS * len(tasks))):
         _line(axes, _series(records, "eval", f"accuracy/{task}"), f"student, {task}", color)
         if task in teachers:
-            axes.axhline(teachers[task], color=color, linestyle="--", alpha=0.6, label=f"teacher, {task}")
+            # Each dash pattern starts elsewhere, so that teachers of equal accuracy both show.
+            style = (5 * place, (5, 5))
+            axes.axhline(teachers[task], color=color, linestyle=style, label=f"teacher, {task}")
     axes.set_ylim(-0.03, 1.05)
-    return _save(figure, axes, path)
+    return _save(figure, path)
 
 
 def _plot_divergence(records, name: str, path: Path) -> Path | None:
-    figure, axes = _axes(f"Divergence to the teachers ({name})", "nats a token")
-    drawn = _line(axes, _series(records, "train", "loss"), f"{name} on the support, rollouts", "#bbbbbb")
-    for task, color in zip(_suffixes(records, "eval", "forward_kl/"), _COLORS * 9):
-        drawn |= _line(
-            axes,
-            _series(records, "eval", f"forward_kl/{task}"),
-            f"forward_kl, full vocabulary, held out, {task}",
-            color,
-        )
-    axes.set_ylim(bottom=0.0)
-    return _save(figure, axes, path) if drawn else None
+    figure, axes = _axes(f"Divergence to the teachers (trained on {name})", "nats a token")
+    drawn = _line(axes, _series(records, "train", "divergence"), f"{name} on the support, rollouts", "#bbbbbb")
+    tasks = _suffixes(records, "eval", "forward_kl/")
+    for task, color in zip(tasks, _COLORS * len(tasks)):
+        points = _series(records, "eval", f"forward_kl/{task}")
+        drawn |= _line(axes, points, f"forward_kl, full vocabulary, held out, {task}", color)
+    _from_zero(axes)
+    return _save(figure, path) if drawn else None
 
 
 def _plot_support(records, path: Path) -> Path | None:
     figure, axes = _axes("Mass off the support", "mean tail mass")
     drawn = _line(axes, _series(records, "train", "student_tail_mass"), "student's tail", _COLORS[0])
     drawn |= _line(axes, _series(records, "train", "teacher_tail_mass"), "teacher's tail", _COLORS[1])
-    axes.set_ylim(bottom=0.0)
+    _from_zero(axes)
     sizes = _series(records, "train", "support_size")
-    if sizes[0]:
-        right = axes.twinx()
-        right.plot(*sizes, color="#999999", linestyle=":", label="ids in the support (right axis)")
-        right.set_ylabel("mean ids a row")
-        right.set_ylim(bottom=0.0)
-        right.legend(loc="lower right", frameon=False)
-    return _save(figure, axes, path) if drawn else None
+    _right_axis(axes, sizes, "ids in the support (right)", "mean ids a row", 1.3 * max(sizes[1], default=1.0))
+    return _save(figure, path) if drawn else None
 
 
 def _plot_rollouts(records, path: Path) -> Path | None:
     figure, axes = _axes("Rollouts", "mean tokens a completion")
     drawn = _line(axes, _series(records, "train", "completion_tokens"), "length", _COLORS[0])
+    _from_zero(axes)
     ended = _series(records, "train", "completion_ended")
-    axes.set_ylim(bottom=0.0)
-    if ended[0]:
-        right = axes.twinx()
-        right.plot(*ended, color=_COLORS[2], label="ended by themselves (right axis)")
-        right.set_ylabel("fraction")
-        right.set_ylim(-0.03, 1.05)
-        right.legend(loc="lower right", frameon=False)
-    return _save(figure, axes, path) if drawn else None
+    _right_axis(axes, ended, "ended by themselves (right)", "fraction", 1.08)
+    return _save(figure, path) if drawn else None
 
 
 def _plot_perplexity(records, teachers: Mapping[str, float], path: Path) -> Path | None:
@@ -125,7 +128,7 @@ def _plot_perplexity(records, teachers: Mapping[str, float], path: Path) -> Path
         if name in teachers:
             axes.axhline(teachers[name], color=color, linestyle="--", alpha=0.6, label=f"teacher, {name}")
     axes.set_yscale("log")
-    return _save(figure, axes, path)
+    return _save(figure, path)
 
 
 def draw_plots(directory: Path, divergence: str, teacher_values: Mapping[str, Mapping[str, float]]) -> list[Path]:

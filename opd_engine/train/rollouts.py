@@ -10,23 +10,25 @@ import torch
 
 from opd_engine.integrations.hf.rollout import Completions, generate
 from opd_engine.parallel.collectives import broadcast_
+from opd_engine.parallel.launch import World
 from opd_engine.train.config import RolloutConfig
 from opd_engine.train.prompts import Prompt
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Writer:
-    """How completions are written: the settings, what ends and pads a sequence, and the ranks that share the result."""
+    """How completions are written: the settings, what ends and pads a sequence, and the ranks that share the result.
+
+    world: the ranks; None for this process alone.
+    """
 
     config: RolloutConfig
     end_ids: tuple[int, ...]
     pad_id: int
-    group: ProcessGroup | None = None
-    is_main: bool = True
+    world: World | None = None
 
     def write(
         self,
@@ -41,8 +43,10 @@ class Writer:
         generator: advanced on the first rank alone.  greedy: the likeliest ids instead of samples.
         Communicates: one broadcast of 12 bytes x max_new_tokens a prompt, with a group.
         """
-        written = self._write_here(model, prompts, generator, greedy) if self.is_main else None
-        return written if self.group is None else self._share(written, len(prompts))
+        is_main = self.world is None or self.world.is_main
+        written = self._write_here(model, prompts, generator, greedy) if is_main else None
+        shared = self.world is not None and self.world.group is not None
+        return self._share(written, len(prompts)) if shared else written
 
     def _write_here(self, model, prompts, generator, greedy) -> Completions:
         config = self.config
@@ -74,7 +78,7 @@ class Writer:
                 bits = torch.tensor(log_probs, dtype=torch.float32).view(torch.int32)
                 table[row, width : width + len(tokens)] = bits
             table[:, -1] = torch.tensor(written.finished, dtype=torch.int32)
-        broadcast_(table, self.group)
+        broadcast_(table, self.world.group)
         lengths = (table[:, :width] >= 0).sum(1).tolist()
         values = table[:, width : 2 * width].contiguous().view(torch.float32)
         return Completions(

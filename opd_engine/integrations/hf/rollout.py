@@ -46,15 +46,14 @@ def _keep_top(probs: Tensor, top_k: int, top_p: float) -> Tensor:
     return probs
 
 
-def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Inverse-CDF samples [batch] of softmax(logits / temperature); one uniform a row, so rows never affect each other.
+def _draw(log_probs: Tensor, uniforms: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Inverse-CDF samples [batch]; one uniform a row, so rows never affect each other.
 
     The sum runs in float64: in float32 a vocabulary of 150,000 would lose the small ids to rounding.
     """
-    probs = torch.softmax((logits - logits.amax(-1, keepdim=True)).double() / temperature, dim=-1)
-    cdf = _keep_top(probs, top_k, top_p).cumsum(-1)
+    cdf = _keep_top(log_probs.exp(), top_k, top_p).cumsum(-1, dtype=torch.float64)
     drawn = torch.searchsorted(cdf, uniforms.to(cdf)[:, None] * cdf[:, -1:], right=True)
-    return drawn[:, 0].clamp_(max=logits.shape[-1] - 1)
+    return drawn[:, 0].clamp_(max=log_probs.shape[-1] - 1)
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -143,13 +142,15 @@ def _decode(model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k,
         )
         cache = output.past_key_values
         logits = output.logits[:, -1].float()
+        # Subtracted before dividing: the other order loses digits at small temperatures.
+        centred = logits - logits.amax(-1, keepdim=True)
+        row_log_probs = torch.log_softmax(centred / (temperature or 1.0), dim=-1)
         if temperature == 0.0:
             chosen = logits.argmax(-1)
         else:
             uniforms = torch.rand(len(prompts), dtype=torch.float64, generator=generator)
-            chosen = _draw(logits, uniforms, temperature, top_k, top_p)
-        scaled = logits if temperature == 0.0 else (logits - logits.amax(-1, keepdim=True)) / temperature
-        log_probs.append(torch.log_softmax(scaled, dim=-1).gather(1, chosen[:, None])[:, 0])
+            chosen = _draw(row_log_probs, uniforms, top_k, top_p)
+        log_probs.append(row_log_probs.gather(1, chosen[:, None])[:, 0])
         tokens.append(chosen)
         lengths += (~finished).long()
         finished = finished | torch.isin(chosen, ends)
