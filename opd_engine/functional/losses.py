@@ -59,11 +59,11 @@ def distill_loss(
     check_tail_mode(tail, teacher_log_prob_min)
     num_rows, k = student.tail_log_prob.numel(), student.k
     loss = _BucketDivergence.apply(
-        student.indices.reshape(num_rows, k).to(torch.int64),
-        student.log_probs.reshape(num_rows, k),
-        student.tail_log_prob.reshape(num_rows),
-        teacher.log_probs.reshape(num_rows, k),
-        teacher.tail_log_prob.reshape(num_rows),
+        student.indices.reshape(num_rows, k).to(torch.int64).contiguous(),
+        student.log_probs.reshape(num_rows, k).contiguous(),
+        student.tail_log_prob.reshape(num_rows).contiguous(),
+        teacher.log_probs.reshape(num_rows, k).contiguous(),
+        teacher.tail_log_prob.reshape(num_rows).contiguous(),
         divergence,
         float(beta) if divergence == "jsd" else 0.5,
         float(alpha) if divergence.startswith("skew_") else 0.0,
