@@ -1,0 +1,88 @@
+"""Other libraries, where they import. All of them are GPU libraries; on a CPU each is reported as absent, with why.
+
+Calls as of liger-kernel 0.8.5, flashinfer-python 0.6.3, quack-kernels 0.6.5; cut-cross-entropy fuses the LM head and
+has no function on logits, so no case here can use it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_engine.bench.cases import eager
+from opd_engine.bench.shapes import Shape
+from opd_engine.bench.timing import Impl
+
+# module to import -> distribution, by the name in records
+_DISTRIBUTIONS = {
+    "flashinfer": ("flashinfer", "flashinfer-python"),
+    "liger": ("liger_kernel.ops.jsd", "liger-kernel"),
+    "quack": ("quack.cross_entropy", "quack-kernels"),
+}
+
+
+def find(name: str, device: torch.device) -> tuple[Any, str]:
+    """(module or None, its version or why there is none)."""
+    module, distribution = _DISTRIBUTIONS[name]
+    if device.type != "cuda":
+        return None, f"{distribution} needs a CUDA device"
+    try:
+        return importlib.import_module(module), importlib.metadata.version(distribution)
+    except Exception as error:  # a library that fails to import fails in its own way
+        return None, f"{distribution} does not import here: {type(error).__name__}: {str(error)[:120]}"
+
+
+def topk(shape: Shape, device: torch.device, copies: list[Tensor]) -> tuple[list[Impl], dict[str, str]]:
+    """FlashInfer's top_k, with torch for the statistics it does not give."""
+    module, why = find("flashinfer", device)
+    if module is None:
+        return [], {"flashinfer": why}
+
+    def forward(logits: Tensor) -> dict[str, Tensor]:
+        values, indices = module.top_k(logits, shape.k, sorted=True)
+        z = eager.widen(logits)
+        lse = torch.logsumexp(z, -1)
+        log_probs = eager.widen(values) - lse[:, None]
+        entropy = lse - (torch.softmax(z, -1) * z).sum(-1)
+        scores = {"log_probs": log_probs, "tail_log_prob": eager.log_tail(log_probs), "lse": lse, "entropy": entropy}
+        return {"indices": indices.long(), **scores}
+
+    return [Impl("flashinfer", forward, prepare=copies.__getitem__)], {}
+
+
+def gather(
+    shape: Shape, device: torch.device, copies: list[Tensor], indices: Tensor
+) -> tuple[list[Impl], dict[str, str]]:
+    """QuACK's cross-entropy forward for lse, torch's gather."""
+    module, why = find("quack", device)
+    if module is None:
+        return [], {"quack": why}
+    target = torch.zeros(shape.num_tokens, dtype=torch.int64, device=device)
+
+    def forward(logits: Tensor) -> dict[str, Tensor]:
+        _, lse = module.cross_entropy_fwd(logits, target, return_lse=True)
+        log_probs = eager.widen(logits.gather(-1, indices)) - lse[:, None]
+        return {"log_probs": log_probs, "tail_log_prob": eager.log_tail(log_probs), "lse": lse}
+
+    return [Impl("quack", forward, prepare=copies.__getitem__)], {}
+
+
+def full_divergence(
+    shape: Shape, device: torch.device, prepare: Any, backward: Any, teacher_logits: Tensor
+) -> tuple[list[Impl], dict[str, str]]:
+    """Liger's JSD at beta = 1 (its reverse KL); a mean over tokens, so scaled back to a sum."""
+    module, why = find("liger", device)
+    if module is None:
+        return [], {"liger": why}
+
+    def forward(logits: Tensor) -> tuple[Tensor, None, Tensor]:
+        log_q = torch.log_softmax(eager.widen(logits), -1)
+        log_p = torch.log_softmax(eager.widen(teacher_logits), -1)
+        mean = module.LigerJSDFunction.apply(log_q, log_p, None, 1.0, -100)
+        return mean * shape.num_tokens, None, logits
+
+    return [Impl("liger", forward, backward, prepare)], {}

@@ -1,0 +1,126 @@
+"""What a record says of where it was made: processor, commit, and the two rates that floors are computed from.
+
+No host name and no path is looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from opd_engine import ops
+from opd_engine._version import __version__
+
+_ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Measured in this run: copy (read + write counted) and matmul; copy_bytes is the size of one copied buffer."""
+
+    copy_gbps: float
+    matmul_tflops: float
+    copy_bytes: int
+
+
+def machine_name(device: torch.device) -> str:
+    """Processor and cores that this process may use; for a GPU also what drives it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    host = f"{processor_name()}, {cores} cores"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {host}"
+    return host
+
+
+def device_name(device: torch.device) -> str:
+    """The record's `device`."""
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def processor_name() -> str:
+    """As the operating system calls it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cpu_variant() -> str:
+    """Instruction set of the kernels that run here."""
+    return ops.build_info()["cpu_variant"]
+
+
+def commit() -> str:
+    """Short hash, "-dirty" where what is measured differs from it; the version where there is no repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(_ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != _ROOT:
+            return __version__
+        measured = ("csrc", "cmake", "CMakeLists.txt", "setup.py", "opd_engine")
+        changed = git("status", "--porcelain", "--untracked-files=normal", "--", *measured)
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+
+
+def last_level_cache_bytes(device: torch.device) -> int:
+    """Largest cache that a buffer could linger in; 32 MiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [32 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text[:-1].isdigit() and text[-1] in "KMG":
+            sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes)
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int = 1 << 30) -> Rates:
+    """Best of several warm copies and of several square matmuls.
+
+    dtype: of the matmul on a GPU; on a CPU half precision is computed in float32, by our kernels too
+    copy_bytes: size of the copied buffer; at least 1 GiB for records that are kept
+    """
+    copy_s = _copy_seconds(device, copy_bytes)
+    if device.type == "cpu" and dtype != torch.float64:
+        dtype = torch.float32
+    size = 8192 if device.type == "cuda" else 1536
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    matmul_s = _best_seconds(lambda: torch.mm(a, a, out=out), device, repeats=6)
+    return Rates(2 * copy_bytes / copy_s / 1e9, 2 * size**3 / matmul_s / 1e12, copy_bytes)
+
+
+def _copy_seconds(device: torch.device, copy_bytes: int) -> float:
+    source = torch.ones(copy_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    return _best_seconds(lambda: target.copy_(source), device, repeats=8)
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    best = float("inf")
+    for repeat in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if repeat:  # the first one faults the pages in
+            best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,112 @@
+"""Interleaved timing on cold buffers: one sample of every implementation, then the next round.
+
+A machine that slows down, slows all of them: ratios within a run mean something, ratios across runs less. Samples
+are single calls. On a CPU the wall clock; on a GPU events around the call, queued behind a spinning kernel, so that the
+launches are not what is measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass
+class Impl:
+    """One way to compute a case.
+
+    name: as in records
+    forward: prepared input -> result, or what backward needs
+    backward: what forward returned -> result; None for cases without one
+    prepare: buffer number -> the input of forward, untimed (default: the buffers' number itself)
+    restore: buffer number -> None, untimed, after a call: puts back what an in-place backward overwrote
+    threads: CPU threads, where it is not the run's number
+    error: its own check, where it computes something else than the others
+    """
+
+    name: str
+    forward: Callable[[Any], Any]
+    backward: Callable[[Any], Any] | None = None
+    prepare: Callable[[int], Any] = lambda number: number
+    restore: Callable[[int], None] | None = None
+    threads: int | None = None
+    error: Callable[[Any], float] | None = None
+
+    def run(self, prepared: Any) -> Any:
+        """The timed work."""
+        result = self.forward(prepared)
+        return result if self.backward is None else self.backward(result)
+
+
+def interleave(
+    impls: Sequence[Impl],
+    *,
+    num_buffers: int,
+    device: torch.device,
+    seconds: float,
+    min_rounds: int = 5,
+    max_rounds: int = 50,
+    threads: int | None = None,
+) -> list[list[float]]:
+    """Samples in microseconds of each implementation, in rounds; the order within a round rotates.
+
+    seconds: rounds go on until this is spent, but for min_rounds and max_rounds
+    threads: of implementations that do not say; None leaves the number alone
+    """
+    sample = _cuda_sample if device.type == "cuda" else _cpu_sample
+    samples: list[list[float]] = [[] for _ in impls]
+    default = torch.get_num_threads() if threads is None else threads
+    number = 0
+    started = time.perf_counter()
+    try:
+        for round_number in range(max_rounds):
+            if round_number >= min_rounds and time.perf_counter() - started > seconds:
+                break
+            for position in range(len(impls)):
+                which = (position + round_number) % len(impls)
+                impl = impls[which]
+                wanted = impl.threads or default
+                if device.type == "cpu" and torch.get_num_threads() != wanted:
+                    torch.set_num_threads(wanted)
+                    number = _untimed(impl, number, num_buffers)  # the pool starts or ends threads now
+                samples[which].append(sample(impl, number))
+                if impl.restore is not None:
+                    impl.restore(number)
+                number = (number + 1) % num_buffers
+    finally:
+        if device.type == "cpu":
+            torch.set_num_threads(default)
+    return samples
+
+
+def _untimed(impl: Impl, number: int, num_buffers: int) -> int:
+    impl.run(impl.prepare(number))
+    if impl.restore is not None:
+        impl.restore(number)
+    return (number + 1) % num_buffers
+
+
+def _cpu_sample(impl: Impl, number: int) -> float:
+    prepared = impl.prepare(number)
+    start = time.perf_counter_ns()
+    result = impl.run(prepared)
+    elapsed = time.perf_counter_ns() - start
+    del result  # freeing the outputs is the caller's time, not the op's
+    return elapsed / 1e3
+
+
+def _cuda_sample(impl: Impl, number: int) -> float:
+    prepared = impl.prepare(number)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000)  # about 1 ms: the host gets ahead, and launches overlap with it
+    start.record()
+    result = impl.run(prepared)
+    end.record()
+    torch.cuda.synchronize()
+    del result
+    return start.elapsed_time(end) * 1e3
