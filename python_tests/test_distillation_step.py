@@ -199,6 +199,27 @@ def test_nothing_changes_with_the_split(reduction, mixture):
     assert abs(planted - loss) > 1e-3
 
 
+class TwoPasses:
+    """A teacher that cannot score ids which depend on its own top-k in one forward."""
+
+    def __init__(self, inner):
+        self.backend, self.vocab_size = inner.backend, inner.vocab_size
+        self.score, self.topk, self.token_to_id = inner.score, inner.topk, inner.token_to_id
+
+
+def test_union_with_one_teacher_takes_one_forward_of_it():
+    batch, student, pool = world()
+    config = OPDConfig(k=4, support="union", union_cap=6, divergence="forward_kl")
+    truth = ours(batch, student, pool, config)
+    lengths = dict(zip(batch.teacher_names, [0] * 6))
+    for name, length in zip(batch.teacher_names, batch.lengths()):
+        lengths[name] += length
+    assert {name: sum(pool[name].backend.forward_rows) for name in pool.names} == lengths
+    plain = TeacherPool([(spec, TwoPasses(pool[spec.name])) for spec in SPECS])
+    assert agree(ours(batch, student, plain, config), truth[:2], 1e-15)
+    assert {name: sum(pool[name].backend.forward_rows) for name in pool.names} == {n: 3 * v for n, v in lengths.items()}
+
+
 def test_nothing_changes_with_padding_or_scoring_size():
     batch, student, pool = world()
     config = OPDConfig(k=4, support="union", divergence="forward_kl")

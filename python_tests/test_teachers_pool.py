@@ -7,7 +7,7 @@ from distillation_toys import ProjectingToy, ToyBackend, toy_batch
 from opd_engine import gather_log_probs, topk_log_probs
 from opd_engine.distillation import pack_rollouts
 from opd_engine.parallel.vocab import VocabShard
-from opd_engine.teachers import LocalTeacher, Teacher, TeacherPool, TeacherSpec
+from opd_engine.teachers import LocalTeacher, Teacher, TeacherPool, TeacherSpec, union_support
 
 
 def teacher(seed=2, **options) -> LocalTeacher:
@@ -221,3 +221,37 @@ def test_teachers_with_other_token_maps_are_refused_by_name():
     pool = TeacherPool({"same": teacher(tokens=dict(tokens)), "odd": teacher(3, tokens={**tokens, "t3": 4, "t4": 3})})
     with pytest.raises(ValueError, match="maps of student and teacher 'odd' disagree on 2 entries: token 't3' is 3"):
         pool.check_vocabulary(tokens)
+
+
+class TwoPasses:
+    """A teacher that can only do what every teacher can."""
+
+    def __init__(self, inner):
+        self.inner, self.vocab_size = inner, inner.vocab_size
+        self.score, self.topk, self.token_to_id = inner.score, inner.topk, inner.token_to_id
+
+
+@pytest.mark.parametrize("cap", [None, 6])
+@pytest.mark.parametrize("width", [3, 29, 41])
+def test_a_union_takes_one_forward_and_gives_what_two_give(cap, width):
+    batch = toy_batch(6)
+    student = teacher(1).topk(batch, 4)
+    for max_tokens in (10_000, 12):
+        local = LocalTeacher(ToyBackend(width, seed=5), max_tokens=max_tokens)
+        pool = TeacherPool([(TeacherSpec("t", temperature=0.8), local), ("plain", TwoPasses(local))])
+        options = {"cap": cap, "vocab_size": 29, "target": batch.next_tokens()}
+        got, dropped = pool.score_union("t", batch, 4, student, **options)
+        assert sum(local.backend.forward_rows) == batch.num_tokens  # every token once
+        top = pool.topk("t", batch, 4, vocab_size=29)
+        union = union_support([student, top], cap)
+        truth = pool.score("t", batch, union.indices[:, : got.k], vocab_size=29, target=batch.next_tokens())
+        assert not bool((union.indices[:, got.k :] != -1).any())
+        assert same_scores(got, truth, batch.loss_mask)
+        assert torch.equal(dropped[batch.loss_mask], union.dropped[batch.loss_mask])
+        assert pool.score_union("plain", batch, 4, student, **options) is None
+
+
+def test_a_union_with_another_prompt_needs_two_passes():
+    pool = TeacherPool([(TeacherSpec("guided", teacher_tokens=True), teacher())])
+    batch = toy_batch(2)
+    assert pool.score_union("guided", batch, 4, teacher(1).topk(batch, 4), cap=None, vocab_size=29) is None

@@ -5,6 +5,8 @@ The student's are the old policy's, taken before any optimizer step on the rollo
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -33,8 +35,8 @@ def put_supports(
     shares: teacher name -> the sequences it scores
 
     Returns:
-        True when the teachers' scores at the support are stored too: with one teacher a sample and support
-        "teacher", one pass gives both.
+        True when the teachers' scores at the support are stored too: with one teacher a sample, one pass of it gives
+        both its own top-k and the scores.
     """
     if config.support == "rollout":
         cache.put_support(batch, batch.next_tokens().unsqueeze(1))
@@ -47,12 +49,52 @@ def put_supports(
         for name, micro, scores in _teacher_topk(batch, shares, student.vocab_size, teachers, config):
             cache.put_support(micro, scores.indices)
             cache.put_scores(name, micro, scores)
-        idle = sorted(set(range(batch.num_seqs)) - {sequence for share in shares.values() for sequence in share})
-        rest = batch.select(idle)
-        cache.put_support(rest, torch.empty(rest.num_tokens, config.k, dtype=torch.int64))
+        _put_idle(cache, batch, shares)
+        return True
+    if config.support == "union" and config.mixture == "route":
+        _put_unions_with_one(cache, batch, shares, student, teachers, config)
         return True
     _put_unions(cache, batch, shares, student, teachers, config)
     return False
+
+
+def _put_unions_with_one(
+    cache: ScoreCache,
+    batch: RolloutBatch,
+    shares: dict[str, list[int]],
+    student: LocalTeacher,
+    teachers: TeacherPool,
+    config: OPDConfig,
+) -> None:
+    """The student's top-k, then each sample's one teacher adds its own and scores both: one forward, if it can."""
+    own = ScoreCache()
+    for micro in batch.micro_batches(max_tokens=config.score_batch_tokens):
+        scores = student.topk(micro, config.k, temperature=config.temperature)
+        own.put_support(micro, scores.indices)
+        own.put_scores(STUDENT, micro, scores)
+    options = {"vocab_size": student.vocab_size, "temperature": config.temperature}
+    for name, sequences in shares.items():
+        for micro in batch.select(sequences).micro_batches(max_tokens=config.score_batch_tokens):
+            students = own.scores(micro, [STUDENT] * micro.num_seqs)
+            target = micro.next_tokens()
+            both = teachers.score_union(name, micro, config.k, students, cap=config.union_cap, target=target, **options)
+            if both is None:
+                top = teachers.topk(name, micro, config.k, **options)
+                union = union_support([students, top.to("cpu")], config.union_cap)
+                scores = teachers.score(name, micro, union.indices, target=target, **options)
+                both = scores, union.dropped
+            scores, dropped = both
+            kept = _trimmed(scores.indices.masked_fill(~micro.loss_mask.to(scores.indices.device).unsqueeze(1), -1))
+            scores = dataclasses.replace(scores, indices=kept, log_probs=scores.log_probs[:, : kept.shape[1]])
+            cache.put_support(micro, scores.indices, dropped)
+            cache.put_scores(name, micro, scores)
+    _put_idle(cache, batch, shares)
+
+
+def _put_idle(cache: ScoreCache, batch: RolloutBatch, shares: dict[str, list[int]]) -> None:
+    """An empty support for the sequences that no teacher scores: they have no row that counts."""
+    rest = batch.select(sorted(set(range(batch.num_seqs)) - {s for share in shares.values() for s in share}))
+    cache.put_support(rest, torch.empty(rest.num_tokens, 1, dtype=torch.int64))
 
 
 def _put_unions(

@@ -15,7 +15,7 @@ from torch import Tensor
 from opd_engine.functional.scores import gather_log_probs, topk_log_probs
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.parallel.vocab import VocabShard
-from opd_engine.teachers.protocols import ModelBackend, ProjectingBackend, ScoringBatch
+from opd_engine.teachers.protocols import ChooseIds, ModelBackend, ProjectingBackend, ScoringBatch
 
 ScoreRows = Callable[[Tensor, Tensor], TokenScores]
 
@@ -64,7 +64,7 @@ class LocalTeacher:
                 shard=self._shard(logits),
             )
 
-        return self._walk(batch, score_rows, indices)
+        return self._walk(batch, score_rows, indices.shape[1])
 
     def topk(
         self, batch: ScoringBatch, k: int, *, target: Tensor | None = None, temperature: float = 1.0
@@ -80,12 +80,36 @@ class LocalTeacher:
                 shard=self._shard(logits),
             )
 
-        return self._walk(batch, score_rows, torch.full((batch.num_tokens, k), -1, dtype=torch.int64))
+        return self._walk(batch, score_rows, k)
+
+    def score_chosen(
+        self,
+        batch: ScoringBatch,
+        k: int,
+        choose: ChooseIds,
+        *,
+        target: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> TokenScores:
+        """Own top-k, then the scores at the ids `choose` makes of it, from one forward; otherwise as `score`."""
+
+        def score_rows(logits: Tensor, rows: Tensor) -> TokenScores:
+            shard = self._shard(logits)
+            own = topk_log_probs(logits, k, temperature=temperature, shard=shard)
+            return gather_log_probs(
+                logits,
+                choose(own, rows),
+                target=None if target is None else _at(target, rows, logits.device),
+                temperature=temperature,
+                shard=shard,
+            )
+
+        return self._walk(batch, score_rows, k)
 
     def _shard(self, logits: Tensor) -> VocabShard:
         return self.backend.shard or VocabShard(0, logits.shape[-1], self.vocab_size)
 
-    def _walk(self, batch: ScoringBatch, score_rows: ScoreRows, absent: Tensor) -> TokenScores:
+    def _walk(self, batch: ScoringBatch, score_rows: ScoreRows, width: int) -> TokenScores:
         """Run the model over micro-batches and put the rows' scores in their places."""
         result: dict[str, Tensor] = {}
         start = 0
@@ -102,7 +126,7 @@ class LocalTeacher:
                 start += micro.num_tokens
         if not result:
             device = batch.tokens.device
-            rows, width = absent.shape
+            rows = batch.num_tokens
             return TokenScores(
                 indices=torch.full((rows, width), -1, dtype=torch.int64, device=device),
                 log_probs=torch.full((rows, width), -torch.inf, device=device),

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from opd_engine.functional.token_scores import TokenScores
-from opd_engine.teachers.protocols import ScoringBatch, Teacher
+from opd_engine.teachers.protocols import ChoosingTeacher, ScoringBatch, Teacher
 from opd_engine.teachers.spec import TeacherSpec
+from opd_engine.teachers.union import union_support
 from opd_engine.teachers.vocabularies import askable, check_token_maps, rebucket
 
 
@@ -208,6 +209,51 @@ class TeacherPool:
                 log_probs=torch.nn.functional.pad(scores.log_probs, pad, value=-torch.inf),
             )
         return rebucket(scores, vocab_size=vocab_size)
+
+    def score_union(
+        self,
+        name: str,
+        batch: ScoringBatch,
+        k: int,
+        student: TokenScores,
+        *,
+        cap: int | None,
+        vocab_size: int,
+        target: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[TokenScores, Tensor] | None:
+        """The union of the student's top-k with the teacher's, scored by the teacher, in one forward.
+
+        student: the student's top-k, [num_tokens, k]
+        cap: widest union, as in `union_support`
+
+        Returns:
+            scores at the union's ids and the ids dropped [num_tokens], or None where this teacher cannot: it does not
+            choose ids by itself (ChoosingTeacher), or sees another prompt, so that its rows are not the batch's.
+        """
+        teacher, spec = self[name], self.spec(name)
+        if spec.teacher_tokens or not isinstance(teacher, ChoosingTeacher):
+            return None
+        width = student.indices.shape[1] + min(k, teacher.vocab_size)
+        width = width if cap is None else min(cap, width)
+        ids = torch.full((batch.num_tokens, width), -1, dtype=torch.int64, device=student.indices.device)
+        dropped = ids.new_zeros(batch.num_tokens)
+
+        def choose(own: TokenScores, rows: Tensor) -> Tensor:
+            here = rows.to(ids.device)
+            own = rebucket(own, vocab_size=vocab_size)
+            union = union_support([student.select(here), own.to(ids.device)], cap)
+            ids[here], dropped[here] = union.indices, union.dropped
+            return askable(union.indices, teacher.vocab_size).to(own.indices.device)
+
+        scores = teacher.score_chosen(
+            batch,
+            min(k, teacher.vocab_size),
+            choose,
+            target=None if target is None else askable(target, teacher.vocab_size),
+            temperature=self.temperature(name, temperature),
+        )
+        return rebucket(scores, vocab_size=vocab_size, asked=ids.to(scores.indices.device)), dropped
 
     def _known(self) -> str:
         return ", ".join(self._specs)

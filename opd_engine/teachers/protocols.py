@@ -5,7 +5,7 @@ Structural types only. RolloutBatch (opd_engine.distillation) is the batch; fram
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -96,4 +96,25 @@ class Teacher(Protocol):
 
     def token_to_id(self) -> Mapping[str, int] | None:
         """The tokenizer's map, or None where there is none to compare."""
+        ...
+
+
+ChooseIds = Callable[[TokenScores, Tensor], Tensor]
+"""(a model's top-k in some rows, which rows of the batch [n]) -> the ids [n, width] to score there, -1 absent."""
+
+
+@runtime_checkable
+class ChoosingTeacher(Teacher, Protocol):
+    """A teacher that can score ids which depend on its own top-k in the same forward; others need a second one."""
+
+    def score_chosen(
+        self,
+        batch: ScoringBatch,
+        k: int,
+        choose: ChooseIds,
+        *,
+        target: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> TokenScores:
+        """Log-probs at the ids that `choose` makes of the own top-k; `choose` may be called several times."""
         ...
