@@ -75,6 +75,12 @@ def _run_check(arguments: Sequence[str]) -> int:
     return check_main(list(arguments))
 
 
+def _run_bench(arguments: Sequence[str]) -> int:
+    from opd_engine.bench import main as bench_main
+
+    return bench_main(list(arguments))
+
+
 def _run_env(arguments: Sequence[str]) -> int:
     from opd_engine.env import main as env_main
 
@@ -83,6 +89,7 @@ def _run_env(arguments: Sequence[str]) -> int:
 
 # Subcommands with a parser of their own: name -> (what runs it, help).
 _OWN_PARSERS = {
+    "bench": (_run_bench, "measure the ops beside torch and other libraries"),
     "check": (_run_check, "compare every op with a float64 reference on this machine"),
     "env": (_run_env, "print versions, build flags and devices"),
 }
