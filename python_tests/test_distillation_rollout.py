@@ -57,6 +57,10 @@ def test_select_and_micro_batches_keep_every_sequence_whole():
             assert part.num_tokens <= limits.get("max_tokens", 10**6) or part.num_seqs == 1
             assert part.num_seqs <= limits.get("max_seqs", 10**6)
             part.validate()
+    lengths, parts, room = batch.lengths(), 0, 0
+    for length in lengths:  # filled up in order before the next one is begun
+        parts, room = (parts, room - length) if length <= room else (parts + 1, 20 - length)
+    assert len(batch.micro_batches(max_tokens=20)) == parts > 2
     assert batch.select([]).num_seqs == 0 and batch.select([]).micro_batches(max_tokens=4) == []
     with pytest.raises(ValueError, match=r"sequences: wanted indices in \[0, 7\), got 7"):
         batch.select([7])

@@ -10,6 +10,7 @@ import torch
 
 import oracles
 from distillation_toys import ToyBackend, pad_sequences, toy_batch
+from opd_engine import gather_log_probs
 from opd_engine.distillation import (
     Denominators,
     OPDConfig,
@@ -284,6 +285,11 @@ def test_swapped_routing_changes_the_loss():
     assert agree(swapped, reference(batch, student, pool, config))
 
 
+def with_nan(logits, rows):
+    """NaN added in these rows: a masked_fill would hide a NaN gradient from the model's parameters."""
+    return logits + torch.zeros(logits.shape[0], 1).masked_fill(rows[:, None], math.nan)
+
+
 def poisoned(pool, name, rows, value=math.nan):
     """The pool's teacher gives `value` in these rows of the whole batch (scored in one forward)."""
     model = pool[name].backend.module
@@ -301,7 +307,7 @@ def test_nan_in_rows_that_do_not_count_poisons_nothing(mixture):
     config = OPDConfig(k=4, mixture=mixture, divergence="forward_kl")
     truth = reference(batch, student, pool, config)
     broken = ToyBackend(VOCAB, seed=1, padding=3)
-    broken.logits = lambda micro: broken.module(micro).masked_fill(~micro.loss_mask[:, None], math.nan)
+    broken.logits = lambda micro: with_nan(broken.module(micro), ~micro.loss_mask)
     for name in pool.names:
         poisoned(pool, name, lambda micro: ~micro.loss_mask)
     got = ours(batch, broken, pool, config)
@@ -323,12 +329,99 @@ def test_nan_of_a_teacher_without_weight_poisons_nothing(mixture):
     assert math.isnan(ours(batch, student, pool, config)[0])
 
 
+def plain_forward_kl(student, teacher):
+    """A user's own divergence, written without any care for rows that do not count."""
+    support = teacher.log_probs.exp() * (teacher.log_probs - student.log_probs)
+    support = support.masked_fill(student.indices == -1, 0.0)
+    return support.sum(-1) + teacher.tail_log_prob.exp() * (teacher.tail_log_prob - student.tail_log_prob)
+
+
+def plain_reverse_kl(student, teacher):
+    support = student.log_probs.exp() * (student.log_probs - teacher.log_probs)
+    return support.sum(-1) + student.tail_log_prob.exp() * (student.tail_log_prob - teacher.tail_log_prob)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_own_divergence_is_safe_from_rows_that_do_not_count(mixture):
+    """Masked after the fact, 0 x NaN would reach the gradient: what enters the divergence must be harmless already."""
+    batch, student, pool = world(mixture=mixture)
+    batch.teacher_names = ["a", "b"] * 3 if mixture == "route" else [("a", "b")] * 6
+    config = OPDConfig(k=4, mixture=mixture, divergence="reverse_kl")
+    batch.sample_weights = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    if mixture != "route":  # and no teacher has any weight in rows that do not count
+        batch.teacher_weights = {name: batch.loss_mask * weight for name, weight in (("a", 1.0), ("b", 2.0))}
+    truth = ours(batch, student, pool, config)
+    assert bool(truth[1].isfinite().all())
+    config.divergence = plain_reverse_kl
+    idle = batch.sample_weights[batch.row_sequence()] == 0
+    broken = ToyBackend(VOCAB, seed=1, padding=3)
+    broken.logits = lambda micro: with_nan(broken.module(micro), ~micro.loss_mask | idle)
+    for name in ("a", "b"):
+        model = pool[name].backend.module
+
+        def logits(micro, model=model):
+            zero = (micro.sample_weights == 0)[micro.row_sequence()]
+            return model(micro).masked_fill((~micro.loss_mask | zero)[:, None], math.nan)
+
+        pool[name].backend.logits = logits
+    got = ours(batch, broken, pool, config, old=student)
+    assert agree(got, truth[:2], 1e-11)
+    # Control: the same function on scores that are not made harmless first has NaN gradients in masked rows.
+    scores = gather_log_probs(broken.logits(batch), torch.zeros(batch.num_tokens, 1, dtype=torch.int64))
+    loss = plain_reverse_kl(scores, scores.detach())
+    assert bool(parameters_grad(loss.where(batch.loss_mask & ~idle, 0.0).sum(), broken).isnan().any())
+
+
+def test_a_micro_batch_in_which_no_row_counts():
+    """Its teachers may have no weight anywhere; it adds nothing, to the loss or to the gradient."""
+    batch, student, pool = world(mixture="arithmetic")
+    batch.loss_mask = batch.loss_mask & (batch.row_sequence() < 4)
+    batch.teacher_weights = {name: batch.loss_mask.double() for name in pool.names}
+    config = OPDConfig(k=4, mixture="arithmetic", divergence="forward_kl")
+    truth = ours(batch, student, pool, config)
+    parts = [batch.select([0, 1, 2, 3]), batch.select([4, 5])]
+    assert agree(ours(batch, student, pool, config, parts), truth[:2], 1e-13)
+
+
+def test_own_divergence_is_safe_from_a_teacher_without_weight():
+    batch, student, pool = world(mixture="loss_sum")
+    batch.teacher_names = [("a", "b")] * 6
+    kept = torch.ones(batch.num_tokens)
+    kept[3::2] = 0
+    batch.teacher_weights = {"a": kept}
+    config = OPDConfig(k=4, mixture="loss_sum", divergence="forward_kl")
+    truth = ours(batch, student, pool, config)
+    config.divergence = plain_forward_kl
+    poisoned(pool, "a", lambda micro: micro.teacher_weights["a"] == 0)
+    assert agree(ours(batch, student, pool, config), truth[:2], 1e-11)
+
+
+def test_a_state_that_is_never_visited_weighs_nothing_whatever_is_there():
+    """The student now gives the first sampled token no mass: later rows have weight 0, even where a teacher is NaN."""
+    batch = pack_rollouts([[1]], [[3, 4, 5]], response_log_probs=[[-1.0, -1.0, -1.0]])
+    student, pool = ToyBackend(VOCAB, seed=1), TeacherPool({"a": LocalTeacher(ToyBackend(VOCAB, seed=5))})
+    forgot = ToyBackend(VOCAB, seed=1)
+    only = torch.zeros(batch.num_tokens, VOCAB, dtype=torch.bool)
+    only[0, 3] = True
+    forgot.logits = lambda micro: forgot.module(micro).masked_fill(only, -math.inf)
+    poisoned(pool, "a", lambda micro: torch.arange(micro.num_tokens) > 0)
+    config = OPDConfig(k=4, divergence="jsd", state_weight_cap=2.0)
+    loss, _, means = ours(batch, forgot, pool, config, old=student)
+    assert math.isfinite(loss) and loss > 0 and means["nan_rows"] == 2
+
+
 def test_nan_and_infinite_rows_that_count_are_counted():
     batch, student, pool = world()
     config = OPDConfig(k=8, divergence="reverse_kl")
     got = ours(batch, student, pool, config)
     assert got[2]["infinite_rows"] > 0 and got[0] == math.inf  # teacher c lacks ids the student has
-    assert math.isfinite(got[2]["divergence"]) and math.isnan(got[2]["divergence/a"]) is False
+    finite = ours(batch, student, pool, OPDConfig(k=8, divergence="reverse_kl", teacher_log_prob_min=-1e4))[2]
+    # The mean is over finite rows: the teachers that are finite everywhere keep theirs.
+    assert got[2]["divergence/a"] == pytest.approx(finite["divergence/a"]) and finite["infinite_rows"] == 0
+    total = sum(got[2][f"divergence/{n}"] * got[2][f"rows/{n}"] for n in "ab")
+    rest = got[2]["rows/c"] - got[2]["infinite_rows"]
+    total += got[2]["divergence/c"] * rest if rest else 0.0
+    assert got[2]["divergence"] == pytest.approx(total / (got[2]["rows"] - got[2]["infinite_rows"]))
     config.teacher_log_prob_min = -30.0
     floored = ours(batch, student, pool, config)
     assert floored[2]["infinite_rows"] == 0 and math.isfinite(floored[0]) and bool(floored[1].isfinite().all())

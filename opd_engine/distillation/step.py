@@ -135,8 +135,7 @@ def distillation_loss(
     row_weights = denominators.of_rows(batch).to(device)
     live = row_weights > 0
     next_tokens = batch.next_tokens().to(device)
-    # A row without weight loses its ids on both sides: no term of it is left to be NaN or infinite.
-    indices = scored.support(batch, device).masked_fill(~live.unsqueeze(1), -1)
+    indices = scored.support(batch, device)
     raw = gather_log_probs(
         logits,
         indices,
@@ -146,7 +145,7 @@ def distillation_loss(
         inplace_backward=config.inplace_backward,
     )
     student = _only_live(raw, indices, live)
-    members, weights = _load_members(batch, scored, indices, live)
+    members, weights = _load_members(batch, scored, indices)
     if config.loss_type == "advantage":
         losses, divergences = _advantage_losses(student, members, weights, batch, config)
     else:
@@ -182,9 +181,10 @@ def _shares(batch: RolloutBatch, weights: Tensor, teachers: TeacherPool) -> dict
 
 
 def _only_live(scores: TokenScores, indices: Tensor, live: Tensor) -> TokenScores:
-    """Flat scores whose other rows hold constants: all mass in the tail, so a loss of zero and no gradient.
+    """Flat scores whose other rows are constants, so that nothing flows back to them, whatever the loss there is.
 
-    A product with zero would not do: 0 x NaN is NaN, in the value and in the backward.
+    A loss masked afterwards would not do for a user's own divergence: its backward multiplies by what it read, and
+    0 x NaN is NaN.
     """
 
     def flat(value: Tensor | None, fill: float) -> Tensor | None:
@@ -200,9 +200,7 @@ def _only_live(scores: TokenScores, indices: Tensor, live: Tensor) -> TokenScore
     )
 
 
-def _load_members(
-    batch: RolloutBatch, scored: ScoredRollouts, indices: Tensor, live: Tensor
-) -> tuple[list[TokenScores], Tensor]:
+def _load_members(batch: RolloutBatch, scored: ScoredRollouts, indices: Tensor) -> tuple[list[TokenScores], Tensor]:
     """The teachers' frozen scores on the device, and the weights [teachers, num_tokens].
 
     Under "route" one TokenScores holds each sequence's own teacher; otherwise one a teacher, in pool order.
@@ -217,7 +215,7 @@ def _load_members(
     if scored.mixture == "route":
         owners = [[next((name for name in column if name is not None), None) for column in zip(*owners)]]
     members = [scored.cache.scores(batch, column, device, indices) for column in owners]
-    return [_only_live(member, indices, live) for member in members], weights.to(device)
+    return members, weights.to(device)
 
 
 def _combined(members: list[TokenScores], weights: Tensor, mixture: str) -> TokenScores:

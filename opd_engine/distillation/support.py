@@ -84,7 +84,7 @@ def _put_unions_with_one(
                 scores = teachers.score(name, micro, union.indices, target=target, **options)
                 both = scores, union.dropped
             scores, dropped = both
-            kept = _trimmed(scores.indices.masked_fill(~micro.loss_mask.to(scores.indices.device).unsqueeze(1), -1))
+            kept = _trimmed(scores.indices)
             scores = dataclasses.replace(scores, indices=kept, log_probs=scores.log_probs[:, : kept.shape[1]])
             cache.put_support(micro, scores.indices, dropped)
             cache.put_scores(name, micro, scores)
