@@ -28,6 +28,8 @@ from opd_engine.bench.timing import Impl, interleave
 
 # Eager torch holds the logits, their float32 copy, softmax, its product, gradient and scattered gradient at once.
 _EAGER_COPIES = 8
+# Ours needs the original, a copy to overwrite or a gradient, and for two models the teacher's.
+_OUR_COPIES = 3
 
 
 @dataclasses.dataclass
@@ -124,6 +126,9 @@ class _Session:
     def measure(self, case: str, shape: Shape, outcome: Outcome) -> list[BenchRecord]:
         settings = self.settings
         label = f"{case} {shape.num_tokens:,} x {shape.vocab_size:,} {shape.dtype}"
+        if _OUR_COPIES * shape.logits_bytes > _available_bytes(settings.device):
+            outcome.skipped.append(f"{label}: would need {_OUR_COPIES * shape.logits_bytes / 2**30:.0f} GiB")
+            return []
         if shape.baselines and _EAGER_COPIES * shape.elements * 4 > _available_bytes(settings.device):
             outcome.skipped.append(
                 f"{label}: baselines would need {_EAGER_COPIES * shape.elements * 4 / 2**30:.0f} GiB"

@@ -26,7 +26,7 @@ def duration(microseconds: float) -> str:
 
 def digits(value: float) -> str:
     """Three significant digits, no exponent."""
-    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def size(num_bytes: float) -> str:
