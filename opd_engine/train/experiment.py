@@ -6,28 +6,19 @@ Distillation later sees folders and prompts only: no label, and no token that a 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opd_engine.integrations.hf.models import load_tokenizer, save_model
+from opd_engine.integrations.hf.models import load_tokenizer
 from opd_engine.train import arithmetic, text
-from opd_engine.train.checkpoint import whole_or_absent
 from opd_engine.train.config import ModelShape, Supervision, TrainConfig
-from opd_engine.train.pretrain import make_model, train_on_sequences
 from opd_engine.train.prompts import Prompt, encode_records, hold_out, read_records
-
-# Part of every cache key: models made by older recipes are not reused.
-_RECIPE = 1
-
-DrawBatch = Callable[[torch.Generator], tuple[torch.Tensor, torch.Tensor]]
-ShowProgress = Callable[[str, int], Callable[[int, float], None]]
+from opd_engine.train.workshop import MODELS, DrawBatch, ShowProgress, Workshop
 
 
 @dataclass(frozen=True)
@@ -70,45 +61,14 @@ def _prepare_prompts(config: TrainConfig) -> Experiment:
     return Experiment(student, {name: Path(path) for name, path in config.teachers.items()}, train, evaluation)
 
 
-def _cache_folder(config: TrainConfig, section: Any, name: str) -> Path:
-    """Where the models of a section's settings are kept; beside the run itself where reuse is switched off."""
-    if not section.reuse_teachers:
-        return Path(config.run.output_dir) / "models"
-    settings = dataclasses.asdict(section)
-    for key in ("reuse_teachers", "cache_dir", "swap_teachers"):
-        settings.pop(key, None)
-    key = json.dumps([_RECIPE, name, config.run.seed, torch.__version__, settings], sort_keys=True)
-    return Path(section.cache_dir) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+def _workshop(config: TrainConfig, section: Any, show_progress: ShowProgress, make: bool) -> Workshop:
+    """Models are kept in the cache, or beside the run itself where reuse is switched off."""
+    cached = section.reuse_teachers
+    folder = Path(section.cache_dir) if cached else Path(config.run.output_dir) / MODELS
+    return Workshop(folder, config.run.seed, show_progress, make)
 
 
-def _made(folder: Path, make: bool, write: Callable[[Path], None]) -> Path:
-    """The folder, written first where it is absent and this process is the one to make it."""
-    if make and not folder.exists():
-        try:
-            with whole_or_absent(folder) as writing:
-                write(writing)
-        except OSError:
-            # Another run with the same settings was first: its folder is whole.
-            if not folder.exists():
-                raise
-    return folder
-
-
-def _make_trained(
-    folder: Path,
-    shape: ModelShape,
-    supervision: Supervision,
-    tokenizer: Any,
-    draw: DrawBatch,
-    seed: int,
-    on_step: Callable[[int, float], None],
-) -> None:
-    model = make_model(shape, len(tokenizer), tokenizer, seed)
-    train_on_sequences(model, draw, supervision, seed=seed, on_step=on_step)
-    save_model(model, tokenizer, folder)
-
-
-def _draw_rows(rows: torch.Tensor, first_target: int, batch_size: int) -> DrawBatch:
+def _rows_drawn(rows: torch.Tensor, first_target: int, batch_size: int) -> DrawBatch:
     """Batches of equally long sequences; positions from first_target on are to be predicted."""
     loss_mask = torch.zeros(batch_size, rows.shape[1], dtype=torch.bool)
     loss_mask[:, first_target:] = True
@@ -121,29 +81,23 @@ def _draw_rows(rows: torch.Tensor, first_target: int, batch_size: int) -> DrawBa
 
 def _prepare_arithmetic(config: TrainConfig, show_progress: ShowProgress, make: bool) -> Experiment:
     section, seed = config.arithmetic, config.run.seed
+    workshop = _workshop(config, section, show_progress, make)
     tokenizer = arithmetic.make_tokenizer()
     splits = {
         task: arithmetic.split_problems(task, section.operand_end, section.held_out, seed) for task in arithmetic.TASKS
     }
 
-    def rows_of(problems: Sequence[arithmetic.Problem]) -> torch.Tensor:
-        return torch.tensor([tokenizer.encode(p.prompt + p.answer + arithmetic.END) for p in problems])
+    def trained(name: str, supervision: Supervision, tasks: Sequence[str], place: int) -> Path:
+        problems = [problem for task in tasks for problem in splits[task][0]]
+        rows = torch.tensor([tokenizer.encode(p.prompt + p.answer + arithmetic.END) for p in problems])
+        draw = _rows_drawn(rows, len(problems[0].prompt), supervision.batch_size)
+        data = ["arithmetic", section.operand_end, section.held_out, *tasks]
+        return workshop.trained(name, data, section.model, supervision, tokenizer, draw, place)
 
-    def trained(folder: Path, supervision: Supervision, tasks: Sequence[str], model_seed: int) -> Path:
-        def write(writing: Path) -> None:
-            problems = [problem for task in tasks for problem in splits[task][0]]
-            draw = _draw_rows(rows_of(problems), len(problems[0].prompt), supervision.batch_size)
-            on_step = show_progress(f"making {folder.name}", supervision.steps)
-            _make_trained(writing, section.model, supervision, tokenizer, draw, model_seed, on_step)
-
-        return _made(folder, make, write)
-
-    cache = _cache_folder(config, section, "arithmetic")
     teachers = {
-        task: trained(cache / f"teacher_{task}", section.teacher, [task], seed * 16 + place)
-        for place, task in enumerate(arithmetic.TASKS)
+        task: trained(f"teacher_{task}", section.teacher, [task], place) for place, task in enumerate(arithmetic.TASKS)
     }
-    student = trained(cache / "student", section.student, arithmetic.TASKS, seed * 16 + 8)
+    student = trained("student", section.student, arithmetic.TASKS, len(teachers))
     other = dict(zip(arithmetic.TASKS, reversed(arithmetic.TASKS), strict=True))
     train, evaluation = [], []
     for task, (training, held_out) in splits.items():
@@ -154,31 +108,27 @@ def _prepare_arithmetic(config: TrainConfig, show_progress: ShowProgress, make: 
 
 
 def _prepare_text(config: TrainConfig, show_progress: ShowProgress, make: bool) -> Experiment:
-    section, seed = config.text, config.run.seed
-    cache = _cache_folder(config, section, "text")
+    section = config.text
+    workshop = _workshop(config, section, show_progress, make)
     documents = text.read_documents()
 
     def write_tokenizer(folder: Path) -> None:
         text.make_tokenizer(documents, section.vocab_size).save_pretrained(folder)
 
-    from transformers import AutoTokenizer
-
-    vocabulary = _made(cache / "tokenizer", make, write_tokenizer)
-    tokenizer = AutoTokenizer.from_pretrained(vocabulary, local_files_only=True)
+    # The text belongs to the keys: it differs between Python versions.
+    data = ["text", hashlib.sha256("".join(documents).encode()).hexdigest(), section.vocab_size]
+    tokenizer = load_tokenizer(workshop.made("tokenizer", data, write_tokenizer))
     passages = text.cut_passages(documents, tokenizer, section.passage_tokens)
-    training, held_out = text.split_passages(passages, section.held_out, seed)
+    training, held_out = text.split_passages(passages, section.held_out, config.run.seed)
     rows = torch.tensor(training)
+    data += [section.passage_tokens, section.held_out]
 
-    def trained(name: str, shape: ModelShape, supervision: Supervision, model_seed: int) -> Path:
-        def write(writing: Path) -> None:
-            draw = _draw_rows(rows, 1, supervision.batch_size)
-            on_step = show_progress(f"making {name}", supervision.steps)
-            _make_trained(writing, shape, supervision, tokenizer, draw, model_seed, on_step)
+    def trained(name: str, shape: ModelShape, supervision: Supervision, place: int) -> Path:
+        draw = _rows_drawn(rows, 1, supervision.batch_size)
+        return workshop.trained(name, data, shape, supervision, tokenizer, draw, place)
 
-        return _made(cache / name, make, write)
-
-    teacher = trained("teacher", section.teacher_model, section.teacher, seed * 16)
-    student = trained("student", section.student_model, section.student, seed * 16 + 8)
+    teacher = trained("teacher", section.teacher_model, section.teacher, 0)
+    student = trained("student", section.student_model, section.student, 1)
     beginnings = [Prompt(passage[: section.prompt_tokens], "prose", "prose") for passage in training]
     evaluation = [Prompt(passage[: section.prompt_tokens], "prose", "prose") for passage in held_out]
     return Experiment(student, {"prose": teacher}, beginnings, evaluation, {"prose": held_out})

@@ -57,6 +57,7 @@ from opd_engine.train.prompts import Prompt, PromptCursor
 from opd_engine.train.rollouts import Writer
 from opd_engine.train.settings import ConfigError
 from opd_engine.train.summary import SUMMARY_FILE, make_summary
+from opd_engine.train.workshop import MODELS
 
 CONFIG_FILE = "config.toml"
 CHECKPOINTS = "checkpoints"
@@ -108,7 +109,7 @@ def _open_directory(directory: Path, config: TrainConfig) -> None:
                 f"run.output_dir: {directory} already holds a run; continue it with --resume, discard it with "
                 "--overwrite, or choose another folder"
             )
-        for name in (CHECKPOINTS, EVENTS_FOLDER, "plots"):
+        for name in (CHECKPOINTS, EVENTS_FOLDER, MODELS, "plots"):
             shutil.rmtree(directory / name, ignore_errors=True)
         for name in (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE):
             (directory / name).unlink(missing_ok=True)

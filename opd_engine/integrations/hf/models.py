@@ -26,14 +26,14 @@ def torch_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _model_directory(path: str | Path, argument: str) -> Path:
+def _directory(path: str | Path, argument: str, needed: str | None = None) -> Path:
     directory = Path(path).expanduser()
     if not directory.is_dir():
         raise ValueError(
             f"{argument}: wanted a directory written by save_pretrained, got {str(path)!r}, which is not one"
         )
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{argument}: wanted a directory with a config.json, got {str(directory)!r} without one")
+    if needed is not None and not (directory / needed).is_file():
+        raise ValueError(f"{argument}: wanted a directory with a {needed}, got {str(directory)!r} without one")
     return directory
 
 
@@ -55,7 +55,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    directory = _model_directory(path, argument)
+    directory = _directory(path, argument, "config.json")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -79,7 +79,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    directory = _model_directory(path, argument)
+    directory = _directory(path, argument)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
