@@ -574,3 +574,24 @@ def test_refusals_of_a_step():
     pool["b"].backend.tokens = {**student.tokens, "t1": 2, "t2": 1}
     with pytest.raises(ValueError, match="student and teacher 'b' disagree on 2 entries"):
         score_rollouts(batch, student, pool, config)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_float32_models_stay_close_to_float64_ones(mixture):
+    """Scores are float32, sums float64: what is lost is what float32 logits lose."""
+    batch, _, _ = world(mixture=mixture)
+    config = OPDConfig(k=4, support="union", mixture=mixture, divergence="forward_kl")
+
+    def models(dtype):
+        student = ToyBackend(VOCAB, seed=1, padding=3, dtype=torch.float32)
+        backends = [ToyBackend(WIDTHS[spec.name], seed=5 + i, dtype=torch.float32) for i, spec in enumerate(SPECS)]
+        for backend in (student, *backends):
+            backend.module.to(dtype)
+        return student, TeacherPool([(spec, LocalTeacher(b)) for spec, b in zip(SPECS, backends)])
+
+    truth = reference(batch, *models(torch.float64), config)
+    student, pool = models(torch.float32)
+    loss, grad, _ = ours(batch, student, pool, config)
+    assert grad.dtype == torch.float32
+    assert agree((loss, grad.double()), truth, 3e-6)
+    assert not agree((loss, grad.double()), truth, 1e-12)

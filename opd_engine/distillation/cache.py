@@ -46,6 +46,7 @@ class ScoreCache:
         self._freed: set[int] = set()
         self._supports: dict[int, _Block] = {}
         self._scores: dict[tuple[str, int], _Block] = {}
+        self._scored_by: dict[int, set[str]] = {}
         self._dropped: dict[int, int] = {}
 
     @property
@@ -86,6 +87,7 @@ class ScoreCache:
         )
         for sample in batch.sample_ids.tolist():
             self._scores[teacher, sample] = block
+            self._scored_by.setdefault(sample, set()).add(teacher)
 
     def support(self, batch: RolloutBatch, device: torch.device | str = "cpu", missing_ok: bool = False) -> Tensor:
         """The stored ids: [num_tokens, k] int64, -1 on rows that do not count.
@@ -145,15 +147,15 @@ class ScoreCache:
             bytes freed. A micro-batch's block is freed with the last of its samples.
         """
         before = self.nbytes
-        for sample in batch.sample_ids.tolist():
-            if sample not in self._uses_left:
-                self._require(batch.select([batch.sample_ids.tolist().index(sample)]), [None], "a support")
+        samples = batch.sample_ids.tolist()
+        self._require(batch, [self._supports.get(sample) for sample in samples], "a support")
+        for sample in samples:
             self._uses_left[sample] -= 1
             if self._uses_left[sample] == 0:
                 del self._uses_left[sample], self._supports[sample], self._dropped[sample]
                 self._freed.add(sample)
-                for key in [key for key in self._scores if key[1] == sample]:
-                    del self._scores[key]
+                for teacher in self._scored_by.pop(sample, ()):
+                    del self._scores[teacher, sample]
         return before - self.nbytes
 
     def _require(
