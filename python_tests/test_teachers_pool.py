@@ -218,6 +218,10 @@ def test_teachers_with_other_token_maps_are_refused_by_name():
     pool = TeacherPool({"same": teacher(tokens=dict(tokens)), "none": teacher(3)})
     pool.check_vocabulary(tokens)
     pool.check_vocabulary(None)
+    pool["none"].backend.tokens = {"t0": 1}
+    pool.check_vocabulary(tokens)  # compared before
+    with pytest.raises(ValueError, match="teacher 'none' disagree"):
+        pool.check_vocabulary(dict(tokens))
     pool = TeacherPool({"same": teacher(tokens=dict(tokens)), "odd": teacher(3, tokens={**tokens, "t3": 4, "t4": 3})})
     with pytest.raises(ValueError, match="maps of student and teacher 'odd' disagree on 2 entries: token 't3' is 3"):
         pool.check_vocabulary(tokens)

@@ -30,6 +30,7 @@ class TeacherPool:
     def __init__(self, teachers: Iterable[tuple[TeacherSpec | str, Teacher]] | Mapping[str, Teacher]) -> None:
         self._specs: dict[str, TeacherSpec] = {}
         self._teachers: dict[str, Teacher] = {}
+        self._agreed: Mapping[str, int] | None = None
         pairs = teachers.items() if isinstance(teachers, Mapping) else teachers
         for given, teacher in pairs:
             spec = TeacherSpec(name=given) if isinstance(given, str) else given
@@ -135,17 +136,19 @@ class TeacherPool:
         return weights
 
     def check_vocabulary(self, token_to_id: Mapping[str, int] | None) -> None:
-        """Compare every teacher's token -> id map with the student's; a side without a map is not compared.
+        """Compare every teacher's token -> id map with the student's, once; a side without a map is not compared.
 
         Raises:
             ValueError: naming the teacher and the first disagreements.
         """
-        if token_to_id is None:
+        # Asked at every rollout, and a map has 150,000 entries: the same object was compared before.
+        if token_to_id is None or token_to_id is self._agreed:
             return
         for name, teacher in self._teachers.items():
             other = teacher.token_to_id()
             if other is not None:
                 check_token_maps(token_to_id, other, teacher_name=f"teacher {name!r}")
+        self._agreed = token_to_id
 
     def score(
         self,
