@@ -58,8 +58,9 @@ def full_distill_loss(
     Raises: ValueError where an argument is not as above, the teacher requires grad, or the two are sharded at
         different boundaries (on every rank of the group for CPU tensors and under debug); for inplace_backward as in
         gather_log_probs; under debug, on every rank, for what is wrong or different on any.
-    Communicates: forward, over shard.tp_group, an all-gather of both models' statistics, (40 T + 20) x tp_size bytes,
-        and one of the partial sums, 8 T x tp_size bytes; float64 doubles both. Backward: nothing.
+    Communicates: forward, over shard.tp_group, an all-gather of both models' statistics, 40 T x tp_size bytes (and
+        20 x tp_size for the shard bounds, where they are compared), and one of the partial sums, 8 T x tp_size bytes;
+        float64 doubles both. Backward: nothing.
     Mutates: with inplace_backward the student's logits, in backward; their version counter says so to autograd.
     Precision: float64 for float64 student logits, else float32; a teacher of another precision is cast (a copy) only
         where exactly one of the two is float64.
@@ -147,7 +148,7 @@ def _check_teacher(
 
 
 def _reads_tilings(logits: Tensor) -> bool:
-    """Whether the ranks' bounds may be read on the host: on a GPU that would be a synchronisation."""
+    """Whether the ranks' bounds are compared: on a GPU it would synchronise, and break the capture of a CUDA graph."""
     return logits.device.type == "cpu" or debugging()
 
 
@@ -174,19 +175,16 @@ def _merge_statistics(
     )
     stacked = tuple(stats.unsqueeze(0) for stats in local)
     if (group := shard.merge_group) is not None:
-        bounds = (
-            shard.vocab_start_index,
-            shard.vocab_end_index,
-            teacher.size(-1),
-            shard.vocab_size,
-            teacher_vocab_size,
-        )
-        # Five numbers beside [2, T, 5]: both tilings cross with the statistics. float32 is exact below 2^24 ids.
-        header = torch.tensor([bounds], dtype=local[0].dtype, device=student.device)
-        gathered = all_gather_stacked(torch.cat((header, *local)), group)
+        num_rows = empty.size(0)
+        parts = list(local)
         if _reads_tilings(student):
-            _check_tilings(gathered[:, 0].long().tolist())
-        stacked = gathered[:, 1:].unflatten(1, (2, -1)).unbind(1)
+            # Five numbers beside [2 T, 5]: both tilings cross with the statistics. float32 is exact below 2^24 ids.
+            bounds = (shard.vocab_start_index, shard.vocab_end_index, teacher.size(-1), shard.vocab_size)
+            parts.append(torch.tensor([(*bounds, teacher_vocab_size)], dtype=local[0].dtype, device=student.device))
+        gathered = all_gather_stacked(torch.cat(parts), group)
+        if _reads_tilings(student):
+            _check_tilings(gathered[:, -1].long().tolist())
+        stacked = (gathered[:, :num_rows], gathered[:, num_rows : 2 * num_rows])
     merged = [
         torch.ops.opd_engine.merge_gather(
             stats.contiguous(), support, empty, None, vocab_size, temperature, row_temperature
