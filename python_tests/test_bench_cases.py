@@ -10,14 +10,14 @@ from opd_engine.bench.cases import build
 from opd_engine.bench.goals import GOALS, PATTERN_PLAN, PLAN
 from opd_engine.bench.logits import checked_rows, cold_copies, make_logits, take_rows
 from opd_engine.bench.record import ERROR_LIMIT
-from opd_engine.bench.shapes import CASES, DTYPES, PATTERNS, SETS, Shape, measures, plan
+from opd_engine.bench.shapes import CASES, DTYPES, PATTERNS, SETS, Shape, for_case, measures, plan
 
 CPU = torch.device("cpu")
 SMALL = Shape(12, 523, k=5)  # 523: prime, so that rows are misaligned and 8 shards uneven
 
 
 def shape_of(case: str, **changes) -> Shape:
-    return dataclasses.replace(SMALL, **({"tp_size": 8} if case == "tp_merge" else {}), **changes)
+    return dataclasses.replace(for_case(case, SMALL), **changes)
 
 
 def run(workload, impl):

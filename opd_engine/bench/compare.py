@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opd_engine.bench.record import BenchRecord, latest, read_records
+from opd_engine.bench.shapes import shape_text
 from opd_engine.bench.table import digits, duration, spread
 
 
@@ -38,7 +39,7 @@ def main(paths: Sequence[Path], max_slowdown: float | None) -> int:
         if b.impl.startswith("opd_") and verdict == "slower":
             worst = max(worst, ratio)
         print(
-            f"{a.case:<22}{a.impl:<26}{a.dtype:<10}{a.shape_text():<36}"
+            f"{a.case:<22}{a.impl:<26}{a.dtype:<10}{shape_text(a):<36}"
             f"{duration(a.median_us):>9} -> {duration(b.median_us):>9}  x {digits(ratio):<6}{verdict}"
         )
     only = len(latest(before)) + len(latest(after)) - 2 * len(pairs)

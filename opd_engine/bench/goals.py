@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from opd_engine.bench.record import BenchRecord, latest
-from opd_engine.bench.shapes import PATTERNS, Plan, Shape
+from opd_engine.bench.shapes import PATTERNS, Plan, Shape, for_case
 from opd_engine.bench.table import times_ours
 
 _HEAD = Shape(256, 151_936)
@@ -22,7 +22,7 @@ PLAN: Plan = [
     *((case, shape) for case in _LOGIT_CASES for shape in (_HEAD, _BF16)),
     ("topk", _WIDE),
     ("topk", Shape(1, 151_936)),
-    ("full_divergence", _HEAD),
+    ("full_divergence", for_case("full_divergence", _HEAD)),
 ]
 PATTERN_PLAN: Plan = [
     (case, dataclasses.replace(_HEAD, k=k, pattern=pattern, baselines=False))
@@ -54,6 +54,7 @@ class Goal:
 
 def find(records: Sequence[BenchRecord], case: str, shape: Shape, impl: str = "opd_engine") -> BenchRecord | None:
     """The latest CPU record of an implementation at a shape, with as many threads as the machine had."""
+    shape = for_case(case, shape)
     wanted = (case, shape.dtype, shape.num_tokens, shape.vocab_size, shape.k, shape.tp_size)
     wanted = (*wanted, shape.pattern, shape.mask_density, shape.layout, impl, "cpu")
     found = None

@@ -103,21 +103,6 @@ class BenchRecord:
         """Equal for two measurements of the same thing, whatever the commit and date."""
         return tuple(getattr(self, name) for name in _KEY)
 
-    def shape_text(self) -> str:
-        """The shape, for people; what is usual is left out."""
-        text = f"{self.num_tokens:,} x {self.vocab_size:,}"
-        if self.k:
-            text += f", k={self.k}"
-        if self.tp_size > 1:
-            text += f", 1 of {self.tp_size} shards"
-        if self.pattern not in (None, "random"):
-            text += f", {self.pattern} rows"
-        if self.mask_density not in (None, 1.0):
-            text += f", {self.mask_density:.0%} of rows count"
-        if self.layout not in (None, "rows"):
-            text += f", {self.layout} strides"
-        return text
-
     def to_json(self) -> str:
         """One line; what is not finite cannot be written."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "extra"}

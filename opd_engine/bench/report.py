@@ -12,7 +12,7 @@ from pathlib import Path
 from opd_engine.bench import plots
 from opd_engine.bench.goals import GOALS, find
 from opd_engine.bench.record import BenchRecord, read_records
-from opd_engine.bench.shapes import PATTERNS, Shape
+from opd_engine.bench.shapes import PATTERNS, Shape, shape_text
 from opd_engine.bench.table import IMPL_NAMES, digits, duration, markdown, size, times_ours
 
 _HEAD_CASES = {
@@ -93,7 +93,7 @@ def _implementations(records: Records, cases: Sequence[str], shapes: Sequence[Sh
                     continue
                 rows.append(
                     [
-                        f"{case} {record.shape_text()} {record.dtype}: {IMPL_NAMES.get(impl, impl)}",
+                        f"{case} {shape_text(record)} {record.dtype}: {IMPL_NAMES.get(impl, impl)}",
                         duration(record.median_us),
                         "1" if impl == "opd_engine" else digits(times_ours(record, ours)),
                         digits(record.bytes_moved / record.median_us / 1e3),

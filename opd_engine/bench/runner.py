@@ -23,7 +23,7 @@ from opd_engine.bench import machine
 from opd_engine.bench.cases import Workload, build
 from opd_engine.bench.memory import Allocations, trace_allocations
 from opd_engine.bench.record import BenchRecord, floor_us
-from opd_engine.bench.shapes import Plan, Shape, measures
+from opd_engine.bench.shapes import Plan, Shape, measures, shape_text
 from opd_engine.bench.timing import Impl, interleave
 
 # Eager torch holds the logits, their float32 copy, softmax, its product, gradient and scattered gradient at once.
@@ -68,7 +68,7 @@ def run_plan(plan: Plan, settings: Settings, out: Path | None, report: Callable[
     session = _Session(settings)
     done = session.already_in(out)
     for case, shape in plan:
-        label = f"{case} {shape.num_tokens:,} x {shape.vocab_size:,} {shape.dtype}"
+        label = f"{case} {shape_text(shape)} {shape.dtype}"
         why = measures(case, shape)
         if why is not None:
             outcome.skipped.append(f"{label}: {why}")
@@ -125,7 +125,7 @@ class _Session:
 
     def measure(self, case: str, shape: Shape, outcome: Outcome) -> list[BenchRecord]:
         settings = self.settings
-        label = f"{case} {shape.num_tokens:,} x {shape.vocab_size:,} {shape.dtype}"
+        label = f"{case} {shape_text(shape)} {shape.dtype}"
         if _OUR_COPIES * shape.logits_bytes > _available_bytes(settings.device):
             outcome.skipped.append(f"{label}: would need {_OUR_COPIES * shape.logits_bytes / 2**30:.0f} GiB")
             return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -53,6 +54,22 @@ class Shape:
         return self.elements * self.itemsize
 
 
+def shape_text(of: Any) -> str:
+    """A Shape's or a record's shape, for people; what is usual is left out."""
+    text = f"{of.num_tokens:,} x {of.vocab_size:,}"
+    if of.k:
+        text += f", k={of.k:,}"
+    if of.tp_size > 1:
+        text += f", 1 of {of.tp_size} shards"
+    if of.pattern not in (None, "random"):
+        text += f", {of.pattern} rows"
+    if of.mask_density not in (None, 1.0):
+        text += f", {of.mask_density:.0%} of rows count"
+    if of.layout not in (None, "rows"):
+        text += f", {of.layout} strides"
+    return text
+
+
 Plan = list[tuple[str, Shape]]
 
 
@@ -78,17 +95,17 @@ def plan(name: str, cases: tuple[str, ...], dtypes: tuple[str, ...]) -> Plan:
 
 
 def _tiny() -> Plan:
-    return [(case, _for_case(case, Shape(8, 1_000, k=4))) for case in CASES]
+    return [(case, for_case(case, Shape(8, 1_000, k=4))) for case in CASES]
 
 
 def _quick() -> Plan:
-    return [(case, _for_case(case, Shape(32, 32_000, dtype=d))) for case in CASES for d in ("float32", "bfloat16")]
+    return [(case, for_case(case, Shape(32, 32_000, dtype=d))) for case in CASES for d in ("float32", "bfloat16")]
 
 
 def _readme() -> Plan:
     head = Shape(256, 151_936)
     both = [head, dataclasses.replace(head, dtype="bfloat16")]
-    chosen: Plan = [(case, shape) for case in CASES[:5] for shape in both]
+    chosen: Plan = [(case, for_case(case, shape)) for case in CASES[:5] for shape in both]
     chosen += [("topk", dataclasses.replace(shape, k=1_024)) for shape in both]
     chosen += [("topk", Shape(1, 151_936)), ("gather", Shape(1, 151_936))]
     chosen += [("topk", Shape(256, 151_936, tp_size=8)), ("gather", Shape(256, 151_936, tp_size=8))]
@@ -123,14 +140,17 @@ def _sweep() -> Plan:
     for dtype in DTYPES:
         for case in CASES:
             for shape in shapes:
-                entry = (case, _for_case(case, dataclasses.replace(shape, dtype=dtype)))
+                entry = (case, for_case(case, dataclasses.replace(shape, dtype=dtype)))
                 if entry not in chosen and measures(case, shape) is None:
                     chosen.append(entry)
     return chosen
 
 
-def _for_case(case: str, shape: Shape) -> Shape:
-    return dataclasses.replace(shape, tp_size=8) if case == "tp_merge" else shape
+def for_case(case: str, shape: Shape) -> Shape:
+    """The shape as a case has it: a merge has shards, a full-vocabulary loss has no support."""
+    if case == "tp_merge":
+        return dataclasses.replace(shape, tp_size=8)
+    return dataclasses.replace(shape, k=0) if case == "full_divergence" else shape
 
 
 def measures(case: str, shape: Shape) -> str | None:

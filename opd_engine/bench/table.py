@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from opd_engine.bench.record import BenchRecord
+from opd_engine.bench.shapes import shape_text
 
 IMPL_NAMES = {
     "opd_engine": "opd_engine",
@@ -13,6 +14,10 @@ IMPL_NAMES = {
     "torch_eager_exact_tail": "torch eager, exact tail",
     "torch_compile": "torch.compile",
     "torch_copy": "copy of the logits",
+    "opd_ablation_one_thread": "ours on one thread",
+    "opd_ablation_random_rows": "ours on random rows",
+    "opd_ablation_k64": "ours with k = 64",
+    "opd_ablation_one_pass": "`distill_loss_`, one read",
 }
 
 
@@ -59,7 +64,7 @@ def print_table(records: Sequence[BenchRecord]) -> str:
     titles: dict[int, str] = {}
     for group in groups.values():
         first = group[0]
-        titles[len(rows)] = f"{first.case}  {first.shape_text()}  {first.dtype}"
+        titles[len(rows)] = f"{first.case}  {shape_text(first)}  {first.dtype}"
         ours = next((record for record in group if record.impl == "opd_engine"), None)
         for record in group:
             low, high = spread(record.samples_us)
