@@ -1,3 +1,4 @@
+// See huge_pages.h; madvise is a hint, so nothing here can fail.
 #include "ops/huge_pages.h"
 
 #include <cstdint>

@@ -20,6 +20,10 @@ def debug(enabled: bool = True) -> Iterator[None]:
 
     Costs host synchronisations and, under tensor parallelism, collectives: every rank must switch it alike. A backward
     checks if its forward ran under it.
+
+    enabled: False switches the checks off inside a block that has them on
+    Returns: a context manager, of this thread's or task's context.
+    Raises: nothing itself; inside, the ops raise ValueError for what the checks find.
     """
     token = _override.set(enabled)
     try:

@@ -173,3 +173,25 @@ def test_inplace_backward_writes_the_same_gradient(name, dtype):
             (grad,) = torch.autograd.grad(torch.where(loss.isfinite(), loss, 0.0).sum(), start)
             grads.append(grad)
         assert torch.equal(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_bit(threads):
+    """Rows are shared out between threads; no sum crosses a row, so no bit may depend on their number."""
+    logits, teacher_logits = (shapes.quantised(300, 1500, seed).float() for seed in (1, 2))
+    ids = oracles.topk_ids(logits, 20)
+
+    def everything():
+        at = logits.clone().requires_grad_()
+        top = opd_engine.topk_log_probs(at.detach(), 20)
+        student = opd_engine.gather_log_probs(at, ids)
+        loss = opd_engine.distill_loss(student, opd_engine.gather_log_probs(teacher_logits, ids), divergence="jsd")
+        full = opd_engine.full_distill_loss(at, teacher_logits)
+        grads = torch.autograd.grad(loss.sum(), at)[0], torch.autograd.grad(full.sum(), at)[0]
+        return top.indices, top.log_probs, top.tail_log_prob, loss.detach(), full.detach(), *grads
+
+    torch.set_num_threads(1)
+    alone = everything()
+    torch.set_num_threads(threads)
+    for one, several in zip(alone, everything()):
+        assert torch.equal(one, several)
