@@ -151,8 +151,9 @@ class _Session:
             except _TooLong:
                 outcome.skipped.append(f"{label}: {impl.name}: no time left to compile it")
             except Exception as error:
-                if impl.name == "torch_compile" and self.compile_seconds < 1:  # the compiler wraps what stopped it
-                    outcome.skipped.append(f"{label}: torch_compile: no time left to compile it")
+                # The compiler wraps what stopped it.
+                if impl.name.startswith("torch_compile") and self.compile_seconds < 1:
+                    outcome.skipped.append(f"{label}: {impl.name}: no time left to compile it")
                     continue
                 # A baseline may fail in its own way; ours may not.
                 ours = impl.name.startswith("opd_")
@@ -199,7 +200,7 @@ class _Session:
     @contextlib.contextmanager
     def _limited_compile(self, name: str) -> Iterator[None]:
         """What torch.compile may still take in this run; a thread cannot be interrupted, the main one can."""
-        if name != "torch_compile" or threading.current_thread() is not threading.main_thread():
+        if not name.startswith("torch_compile") or threading.current_thread() is not threading.main_thread():
             yield
             return
         if self.compile_seconds < 1:

@@ -11,8 +11,9 @@ from opd_engine.bench.shapes import shape_text
 IMPL_NAMES = {
     "opd_engine": "opd_engine",
     "torch_eager": "torch eager",
-    "torch_eager_exact_tail": "torch eager, exact tail",
+    "torch_eager_cheap_tail": "torch eager, tail as log(1 - sum)",
     "torch_compile": "torch.compile",
+    "torch_compile_cheap_tail": "torch.compile, tail as log(1 - sum)",
     "torch_copy": "copy of the logits",
     "opd_ablation_one_thread": "ours on one thread",
     "opd_ablation_random_rows": "ours on random rows",

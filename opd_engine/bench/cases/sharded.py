@@ -71,7 +71,7 @@ def gather_workload(shape: Shape, device: torch.device, bytes_moved: int, flops:
 
     impls = [Impl("opd_engine", ours, prepare=copies.__getitem__)]
     if shape.baselines:
-        impls.append(Impl("torch_eager", by_torch, prepare=copies.__getitem__))
+        impls.append(Impl("torch_eager_cheap_tail", by_torch, prepare=copies.__getitem__))
     error = gather_error(shape, rows, indices)
     return Workload(impls, error, bytes_moved + stats.nbytes, flops, len(copies))
 
