@@ -165,13 +165,24 @@ def test_a_users_divergence_sees_both_scores_and_differentiates():
     torch.testing.assert_close(grad, expected, rtol=0, atol=1e-13)
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("function", [torch.sum, torch.logsumexp], ids=["constant upstream", "upstream with a graph"])
+def test_a_second_derivative_is_refused(function):
+    """It would lack the op's own; silently so where the first gradient is one term of several."""
     log_probs, tail = torch.full((2, K), -2.0, requires_grad=True), torch.full((2,), -1.0, requires_grad=True)
     ours = TokenScores(indices=INDICES[:2], log_probs=log_probs, tail_log_prob=tail)
     loss = distill_loss(ours, ours.detach().to(dtype=torch.float64))
-    grads = torch.autograd.grad(loss.square().sum(), (log_probs, tail), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(grad.sum() for grad in grads).backward()
+    for leaf in (log_probs, tail):
+        (gradient,) = torch.autograd.grad(function(loss, 0), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="bucket_divergence: differentiable once"):
+            (gradient * leaf).sum().backward()
+
+
+def test_a_second_derivative_of_the_scores_is_refused():
+    student = logits().requires_grad_()
+    scores = torch.ops.opd_engine.gather_log_probs(student, INDICES, None, VOCAB, 1.0, None)
+    (gradient,) = torch.autograd.grad(scores[1].exp().sum(), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="gather_log_probs: differentiable once"):
+        (gradient * student).sum().backward()
 
 
 def test_vocabularies_of_unequal_width():

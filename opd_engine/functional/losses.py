@@ -11,9 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from opd_engine import ops  # noqa: F401  (registers torch.ops.opd_engine)
+from opd_engine import ops  # noqa: F401  (registers the op and, in ops/autograd.py, its backward)
 from opd_engine.functional.arguments import check_device, check_divergence, check_tail_mode, debugging, shape_choice
 from opd_engine.functional.token_scores import TokenScores
 
@@ -58,7 +57,7 @@ def distill_loss(
     check_divergence(divergence, beta, alpha)
     check_tail_mode(tail, teacher_log_prob_min)
     num_rows, k = student.tail_log_prob.numel(), student.k
-    loss = _BucketDivergence.apply(
+    loss, _, _ = torch.ops.opd_engine.bucket_divergence(
         student.indices.reshape(num_rows, k).to(torch.int64).contiguous(),
         student.log_probs.reshape(num_rows, k).contiguous(),
         student.tail_log_prob.reshape(num_rows).contiguous(),
@@ -71,26 +70,6 @@ def distill_loss(
         None if teacher_log_prob_min is None else float(teacher_log_prob_min),
     )
     return loss.view(student.leading_shape)
-
-
-class _BucketDivergence(torch.autograd.Function):
-    """The op gives the loss and its derivatives at once; a second derivative through those would be incomplete."""
-
-    @staticmethod
-    def forward(ctx, *arguments) -> Tensor:
-        loss, grad_log_probs, grad_tail = torch.ops.opd_engine.bucket_divergence(*arguments)
-        ctx.save_for_backward(grad_log_probs, grad_tail)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_loss: Tensor):
-        grad_log_probs, grad_tail = ctx.saved_tensors
-        # A masked row has a zero upstream gradient and may have an infinite derivative: 0 x inf is not 0.
-        masked = d_loss == 0
-        d_log_probs = (grad_log_probs * d_loss.unsqueeze(1)).masked_fill(masked.unsqueeze(1), 0)
-        d_tail = (grad_tail * d_loss).masked_fill(masked, 0)
-        return None, d_log_probs, d_tail, None, None, None, None, None, None, None
 
 
 def _check_scores(student: TokenScores, teacher: TokenScores) -> tuple[TokenScores, TokenScores]:

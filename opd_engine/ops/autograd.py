@@ -1,4 +1,7 @@
-"""Backward formulas of the two ops that are differentiable by themselves; the rest are differentiated one floor up."""
+"""Backward formulas of the two ops that are differentiable by themselves; the rest are differentiated one floor up.
+
+Both give first derivatives only: a second one would be incomplete, so asking for it raises.
+"""
 
 import torch
 from torch import Tensor
@@ -24,6 +27,26 @@ def pack_upstream(
     return upstream
 
 
+class _DifferentiableOnce(torch.autograd.Function):
+    """Hands a gradient on unchanged; differentiating it again raises, also where it depends on nothing recorded."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, anchor: Tensor, op: str) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(f"{ctx.op}: differentiable once; its gradient was differentiated again")
+
+
+def _final(gradient: Tensor, op: str) -> Tensor:
+    # Grad mode is on in a backward under create_graph alone. The anchor ties what has no graph of its own to the error.
+    if not torch.is_grad_enabled():
+        return gradient
+    return _DifferentiableOnce.apply(gradient, torch.empty(0, requires_grad=True), op)
+
+
 def _gather_setup(ctx, inputs, output):
     logits, indices, target, ctx.vocab_size, ctx.temperature, row_temperature = inputs
     ctx.mark_non_differentiable(output[5])
@@ -38,7 +61,7 @@ def _gather_backward(ctx, d_log_probs, d_tail, d_lse, d_entropy, d_target, _d_st
     gradient = torch.ops.opd_engine.scores_backward(
         logits, indices, target, stats, upstream, 0, ctx.vocab_size, ctx.temperature, row_temperature
     )
-    return gradient, None, None, None, None, None
+    return _final(gradient, "gather_log_probs"), None, None, None, None, None
 
 
 torch.library.register_autograd("opd_engine::gather_log_probs", _gather_backward, setup_context=_gather_setup)
@@ -56,7 +79,8 @@ def _bucket_backward(ctx, d_loss, _d_grad_log_probs, _d_grad_tail):
     masked = d_loss == 0
     d_log_probs = torch.where(masked[:, None], 0, grad_log_probs * d_loss[:, None])
     d_tail = torch.where(masked, 0, grad_tail * d_loss)
-    return None, d_log_probs, d_tail, None, None, None, None, None, None, None
+    gradients = (_final(gradient, "bucket_divergence") for gradient in (d_log_probs, d_tail))
+    return None, *gradients, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("opd_engine::bucket_divergence", _bucket_backward, setup_context=_bucket_setup)
