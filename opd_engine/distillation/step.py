@@ -22,7 +22,7 @@ from opd_engine.distillation.metrics import MetricSums, row_sums
 from opd_engine.distillation.off_policy import state_weights
 from opd_engine.distillation.reductions import Denominators
 from opd_engine.distillation.rollout import RolloutBatch
-from opd_engine.distillation.support import put_supports
+from opd_engine.distillation.support import put_supports, scoring_batches
 from opd_engine.functional.losses import distill_loss
 from opd_engine.functional.scores import gather_log_probs
 from opd_engine.functional.token_scores import TokenScores
@@ -30,7 +30,7 @@ from opd_engine.parallel.vocab import VocabShard
 from opd_engine.teachers.local import LocalTeacher
 from opd_engine.teachers.mixture import mix_teachers
 from opd_engine.teachers.pool import TeacherPool
-from opd_engine.teachers.protocols import ModelBackend
+from opd_engine.teachers.protocols import ModelBackend, Teacher
 
 
 @dataclasses.dataclass
@@ -68,12 +68,12 @@ class ScoredRollouts:
 
 
 def score_rollouts(
-    batch: RolloutBatch, student: ModelBackend, teachers: TeacherPool, config: OPDConfig
+    batch: RolloutBatch, student: ModelBackend | Teacher, teachers: TeacherPool, config: OPDConfig
 ) -> ScoredRollouts:
     """Choose every row's support with the student as it is now, and let each sample's teachers score it. No gradient.
 
     batch: this rank's rollouts
-    student: read for its top-k where the support needs it, and for its vocabulary
+    student: read for its top-k where the support needs it, and for its vocabulary; a backend, or what scores by itself
 
     Teachers score one after the other, each the samples that are its own.
 
@@ -88,11 +88,11 @@ def score_rollouts(
     shares = _shares(batch, weights, teachers)
     cache = ScoreCache(config.optimizer_steps_per_rollout)
     scored = ScoredRollouts(cache, teachers, config.mixture, student.vocab_size)
-    own = LocalTeacher(student, max_tokens=config.score_batch_tokens)
+    own = student if isinstance(student, Teacher) else LocalTeacher(student, max_tokens=config.score_batch_tokens)
     if put_supports(cache, batch, shares, own, teachers, config):
         return scored
     for name, sequences in shares.items():
-        for micro in batch.select(sequences).micro_batches(max_tokens=config.score_batch_tokens):
+        for micro in scoring_batches(batch.select(sequences), teachers[name], config):
             scores = teachers.score(
                 name,
                 micro,
@@ -131,20 +131,44 @@ def distillation_loss(
     """
     if logits.shape[:-1].numel() != batch.num_tokens:
         raise ValueError(f"logits: wanted {batch.num_tokens} rows, one a packed token, got shape {list(logits.shape)}")
-    device = logits.device
-    row_weights = denominators.of_rows(batch).to(device)
-    live = row_weights > 0
-    next_tokens = batch.next_tokens().to(device)
-    indices = scored.support(batch, device)
-    raw = gather_log_probs(
+    target = target_of_loss(batch, config, denominators, logits.device)
+    student = gather_log_probs(
         logits,
-        indices,
-        target=next_tokens.masked_fill(~live, -1) if config.needs_student_target else None,
+        scored.support(batch, logits.device),
+        target=target,
         temperature=config.temperature,
         shard=shard or VocabShard(0, logits.shape[-1], scored.vocab_size),
         inplace_backward=config.inplace_backward,
     )
-    student = _only_live(raw, indices, live)
+    return distillation_loss_of_scores(student, batch, scored, config, denominators)
+
+
+def target_of_loss(
+    batch: RolloutBatch, config: OPDConfig, denominators: Denominators, device: torch.device | str
+) -> Tensor | None:
+    """The sampled token of rows with a weight, -1 elsewhere: [num_tokens] int64; None where the loss reads none."""
+    live = denominators.of_rows(batch).to(device) > 0
+    if not config.needs_student_target:
+        return None
+    return batch.next_tokens().to(device).masked_fill(~live, -1)
+
+
+def distillation_loss_of_scores(
+    student: TokenScores, batch: RolloutBatch, scored: ScoredRollouts, config: OPDConfig, denominators: Denominators
+) -> tuple[Tensor, MetricSums]:
+    """`distillation_loss` from the student's scores, for a backend that gathers them by itself.
+
+    student: of `scored.support(batch)`, differentiable, with the target's log-prob where `target_of_loss` gives one;
+        rows without weight may hold anything
+
+    Grad: for the student's scores. Communicates: nothing.
+    """
+    device = student.log_probs.device
+    row_weights = denominators.of_rows(batch).to(device)
+    live = row_weights > 0
+    next_tokens = batch.next_tokens().to(device)
+    indices = student.indices.flatten(0, -2)
+    student = _only_live(student, indices, live)
     members, weights = _load_members(batch, scored, indices)
     if config.loss_type == "advantage":
         losses, divergences = _advantage_losses(student, members, weights, batch, config)

@@ -14,19 +14,29 @@ from opd_engine.distillation.cache import ScoreCache
 from opd_engine.distillation.config import OPDConfig
 from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.functional.token_scores import TokenScores
-from opd_engine.teachers.local import LocalTeacher
 from opd_engine.teachers.pool import TeacherPool
+from opd_engine.teachers.protocols import Teacher
 from opd_engine.teachers.union import union_support
 
 STUDENT = ""
 """Key of the student among the sources of a union; no teacher can have an empty name."""
 
 
+def scoring_batches(batch: RolloutBatch, teacher: Teacher, config: OPDConfig) -> list[RolloutBatch]:
+    """What a model is asked about at a time: pieces of `score_batch_tokens`, or all of it where it splits by itself.
+
+    A pipeline of several stages is full only when it is given everything at once.
+    """
+    if getattr(teacher, "splits_itself", False):
+        return [batch] if batch.num_seqs else []
+    return batch.micro_batches(max_tokens=config.score_batch_tokens)
+
+
 def put_supports(
     cache: ScoreCache,
     batch: RolloutBatch,
     shares: dict[str, list[int]],
-    student: LocalTeacher,
+    student: Teacher,
     teachers: TeacherPool,
     config: OPDConfig,
 ) -> bool:
@@ -42,7 +52,7 @@ def put_supports(
         cache.put_support(batch, batch.next_tokens().unsqueeze(1))
         return False
     if config.support == "student":
-        for micro in batch.micro_batches(max_tokens=config.score_batch_tokens):
+        for micro in scoring_batches(batch, student, config):
             cache.put_support(micro, student.topk(micro, config.k, temperature=config.temperature).indices)
         return False
     if config.support == "teacher" and config.mixture == "route" and config.union_cap is None:
@@ -62,19 +72,19 @@ def _put_unions_with_one(
     cache: ScoreCache,
     batch: RolloutBatch,
     shares: dict[str, list[int]],
-    student: LocalTeacher,
+    student: Teacher,
     teachers: TeacherPool,
     config: OPDConfig,
 ) -> None:
     """The student's top-k, then each sample's one teacher adds its own and scores both: one forward, if it can."""
     own = ScoreCache()
-    for micro in batch.micro_batches(max_tokens=config.score_batch_tokens):
+    for micro in scoring_batches(batch, student, config):
         scores = student.topk(micro, config.k, temperature=config.temperature)
         own.put_support(micro, scores.indices)
         own.put_scores(STUDENT, micro, scores)
     options = {"vocab_size": student.vocab_size, "temperature": config.temperature}
     for name, sequences in shares.items():
-        for micro in batch.select(sequences).micro_batches(max_tokens=config.score_batch_tokens):
+        for micro in scoring_batches(batch.select(sequences), teachers[name], config):
             students = own.scores(micro, [STUDENT] * micro.num_seqs)
             target = micro.next_tokens()
             both = teachers.score_union(name, micro, config.k, students, cap=config.union_cap, target=target, **options)
@@ -101,7 +111,7 @@ def _put_unions(
     cache: ScoreCache,
     batch: RolloutBatch,
     shares: dict[str, list[int]],
-    student: LocalTeacher,
+    student: Teacher,
     teachers: TeacherPool,
     config: OPDConfig,
 ) -> None:
@@ -109,7 +119,7 @@ def _put_unions(
     sources: dict[str, ScoreCache] = {}
     if config.support == "union":
         sources[STUDENT] = ScoreCache()
-        for micro in batch.micro_batches(max_tokens=config.score_batch_tokens):
+        for micro in scoring_batches(batch, student, config):
             scores = student.topk(micro, config.k, temperature=config.temperature)
             sources[STUDENT].put_support(micro, scores.indices)
             sources[STUDENT].put_scores(STUDENT, micro, scores)
@@ -139,7 +149,7 @@ def _teacher_topk(
 ):
     """Yields (teacher, micro-batch, its top-k there), teacher by teacher."""
     for name, sequences in shares.items():
-        for micro in batch.select(sequences).micro_batches(max_tokens=config.score_batch_tokens):
+        for micro in scoring_batches(batch.select(sequences), teachers[name], config):
             scores = teachers.topk(
                 name,
                 micro,
