@@ -1,4 +1,4 @@
-"""Who scores: named teachers, the routing of samples to them, mixtures, union supports, vocabularies that differ."""
+"""Who scores: named teachers, routing, mixtures, union supports, vocabularies that differ, sets of weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from opd_engine.teachers.protocols import ModelBackend, ProjectingBackend, Teach
 from opd_engine.teachers.spec import TeacherSpec
 from opd_engine.teachers.union import UnionSupport, union_support
 from opd_engine.teachers.vocabularies import check_token_maps, rebucket
+from opd_engine.teachers.weight_store import WeightStore, WrongWeightsError
 
 __all__ = [
     "LocalTeacher",
@@ -18,6 +19,8 @@ __all__ = [
     "TeacherPool",
     "TeacherSpec",
     "UnionSupport",
+    "WeightStore",
+    "WrongWeightsError",
     "check_token_maps",
     "mix_teachers",
     "rebucket",
