@@ -4,6 +4,7 @@ The pages load nothing from elsewhere. The reference is read from the docstrings
 one line, then `name: text` entries whose continuation lines are indented.
 """
 
+import dataclasses
 import functools
 import html
 import importlib
@@ -24,15 +25,21 @@ def parse_docstring(text: str) -> tuple[str, list[tuple[str, str]]]:
     A section may follow another on the same line, after a full stop: `Communicates: nothing. Mutates: nothing.`
     """
     prose, entries = [], []
+    in_prose = True
     for line in inspect.cleandoc(text).splitlines():
         found = ENTRY.match(line)
         if found:
             entries.append([found["name"], found["text"]])
+            in_prose = False
+        elif not line.strip():
+            # A paragraph may stand between entries; it belongs to the prose.
+            in_prose = True
+            prose.append("")
         elif entries and line.startswith(" "):
             entries[-1][1] += "\n" + line.strip()
-        elif not entries:
+        elif in_prose:
             prose.append(line)
-        elif line.strip():
+        else:
             entries[-1][1] += "\n" + line
     split = []
     for name, body in entries:
@@ -57,6 +64,10 @@ def resolve(name: str):
 def reference(name: str) -> str:
     target = resolve(name)
     prose, entries = parse_docstring(inspect.getdoc(target) or "")
+    if dataclasses.is_dataclass(target):
+        # Options carry the sentence that a command line shows for them; it is theirs here too.
+        helped = ((field.name, field.metadata.get("help")) for field in dataclasses.fields(target))
+        entries = [(field, text) for field, text in helped if text] + entries
     kind = "class " if inspect.isclass(target) else ""
     try:
         signature = inspect.signature(target)
@@ -66,7 +77,8 @@ def reference(name: str) -> str:
     called = f"{kind}{short}{_unquoted(signature)}"
     if len(called) > 100 and signature:
         inside = ",\n    ".join(_parameters(signature))
-        called = f"{kind}{short}(\n    {inside},\n)"
+        returns = "" if kind else re.sub(r"^.*\)(?= -> |$)", "", _unquoted(signature), flags=re.S)
+        called = f"{kind}{short}(\n    {inside},\n){returns}"
     lines = [f"### `{short}` {{ #{short.lower()} }}", "", "```python", called, "```", "", _linked(prose), ""]
     for entry, text in entries:
         label = f"**{entry}**" if entry in SECTIONS else f"`{entry}`"
@@ -96,8 +108,9 @@ def _linked(text: str) -> str:
     def link(found):
         return re.sub(r"\((\d+)\)", r"[(\1)](math.md#eq-\1)", found[0])
 
-    text = re.sub(r"([\[\]*_])", r"\\\1", text).replace("<", "&lt;")
-    return re.sub(r"docs/math\.md[^\n]*", link, text)
+    pieces = re.split(r"(`[^`\n]+`)", text)
+    pieces[::2] = [re.sub(r"([\[\]*_])", r"\\\1", piece).replace("<", "&lt;") for piece in pieces[::2]]
+    return re.sub(r"docs/math\.md[^\n]*", link, "".join(pieces))
 
 
 def on_page_markdown(markdown: str, **_) -> str:

@@ -100,6 +100,25 @@ def test_a_docstring_that_forgets_a_parameter_is_seen():
     assert dict(entries)["b, c"] == "[T]\nand more"
 
 
+def test_every_name_of_the_reference_leads_to_a_docstring():
+    names = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(), re.M)
+    assert len(names) == len(set(names)) >= 20
+    for name in names:
+        assert HOOKS.parse_docstring(inspect.getdoc(HOOKS.resolve(name)) or "")[0], f"{name} has no docstring"
+        assert "```python" in HOOKS.reference(name)
+    exported = [f"opd_engine.{name}" for name in PUBLIC]
+    assert [name for name in exported if name not in names] == []
+
+
+def test_a_page_of_the_reference_shows_signature_options_and_prose():
+    page = HOOKS.reference("opd_engine.distillation.OPDConfig")
+    assert "`state_weight_cap`\n:   weights a row by" in page, "the help of a setting is its documentation"
+    page = HOOKS.reference("opd_engine.teachers.TeacherPool.route")
+    assert ") -> Tensor\n" in page and "`teacher_weights`" in page and "A sample names one teacher" in page
+    page = HOOKS.reference("opd_engine.topk_log_probs")
+    assert "\n) -> TokenScores\n" in page and "[(6)](math.md#eq-6)" in page
+
+
 def equations_defined() -> set[int]:
     numbers = re.findall(r"\\tag\{(\d+)\}", (ROOT / "docs/math.md").read_text())
     assert len(numbers) == len(set(numbers)), "an equation number is used twice"
