@@ -25,7 +25,15 @@ except ImportError as error:
         f"The import said: {error}"
     ) from error
 
-from opd_engine.functional import TokenScores, distill_loss, full_distill_loss, gather_log_probs, topk_log_probs
+from opd_engine.functional import (
+    TokenScores,
+    distill_loss,
+    full_distill_loss,
+    gather_log_probs,
+    linear_gather_log_probs,
+    linear_topk_log_probs,
+    topk_log_probs,
+)
 from opd_engine.ops import debug
 from opd_engine.parallel import VocabShard
 from opd_engine.teachers import mix_teachers
@@ -38,6 +46,8 @@ __all__ = [
     "distill_loss",
     "full_distill_loss",
     "gather_log_probs",
+    "linear_gather_log_probs",
+    "linear_topk_log_probs",
     "mix_teachers",
     "topk_log_probs",
 ]

@@ -256,6 +256,32 @@ def mix(members: list[Scores], weights: Tensor, mode: str = "arithmetic") -> Sco
     return Scores(members[0].indices, mixed[..., :-1], mixed[..., -1], target_log_prob=target)
 
 
+def round_through(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 values rounded once to dtype; the gradient passes."""
+    return values + (values.to(dtype).to(values.dtype) - values).detach()
+
+
+def linear_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    model_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """docs/math.md (53) (54). float64 arguments of values in model_dtype: the definition.
+
+    Arguments in the model's own dtype (model_dtype None): the same in eager torch, as a model computes it.
+    """
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    if model_dtype is not None:
+        logits = round_through(logits, model_dtype)
+    if softcap is not None:
+        wide = logits.double() if model_dtype is not None else logits.to(score_dtype(logits.dtype))
+        capped = softcap * torch.tanh(wide / softcap)
+        logits = round_through(capped, model_dtype) if model_dtype is not None else capped.to(logits.dtype)
+    return logits
+
+
 def reduce_rows(losses: Tensor, mask: Tensor, unit: Tensor | None = None) -> Tensor:
     """docs/math.md (47): token_mean, or the mean over units (sequence or rollout of each row) of token means."""
     if unit is None:

@@ -71,14 +71,15 @@ def check_rows(
     leading_shape = logits.shape[:-1]
     num_rows = math.prod(leading_shape)
     score_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scalar, row_temperature = _check_temperature(temperature, logits, leading_shape, num_rows, score_dtype)
+    scalar, row_temperature = check_temperature(temperature, logits, leading_shape, num_rows, score_dtype)
     rows = logits if logits.dim() >= 2 else logits.unsqueeze(0)
     return LogitRows(rows, leading_shape, num_rows, score_dtype, shard, scalar, row_temperature)
 
 
-def _check_temperature(
+def check_temperature(
     temperature: float | Tensor, logits: Tensor, leading_shape: torch.Size, num_rows: int, score_dtype: torch.dtype
 ) -> tuple[float, Tensor | None]:
+    """(the number, None) or (1, one a row, [num_rows]); logits are what it must share a device with."""
     if isinstance(temperature, Tensor):
         if not temperature.is_floating_point():
             raise ValueError(f"temperature: wanted a floating tensor, got {temperature.dtype}")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -89,15 +90,39 @@ def all_gather_stacked(tensor: Tensor, group: ProcessGroup | None, *, op: str = 
     Communicates: one all-gather of tensor.nbytes x group_size; none for an empty tensor.
     Grad: none; all_gather_rows is the differentiable one.
     """
+    return start_all_gather_stacked(tensor, group, op=op).wait()
+
+
+@dataclass(frozen=True)
+class PendingTensor:
+    """The result of a collective that was started and may still be on its way."""
+
+    result: Tensor
+    work: Any = None  # torch.distributed.Work, None where nothing was sent
+    sent: Tensor | None = None  # kept alive until it has left
+
+    def wait(self) -> Tensor:
+        """The result. A CPU backend blocks here; NCCL makes the current stream wait."""
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+def start_all_gather_stacked(tensor: Tensor, group: ProcessGroup | None, *, op: str = "all_gather") -> PendingTensor:
+    """As all_gather_stacked, without waiting: what is computed before wait() overlaps with the wire.
+
+    Every rank must start its collectives in the same order. The tensor must not be written before wait().
+    """
     if group is None:
-        return tensor.unsqueeze(0)
+        return PendingTensor(tensor.unsqueeze(0))
     tensor = tensor.detach().contiguous()
     gathered = tensor.new_empty((group.size(), *tensor.shape))
-    if gathered.numel() > 0:
-        _record(op, gathered, group)
-        # Flat on both sides: backends disagree on whether a stacked output is welcome.
-        _all_gather(gathered.view(-1), tensor.view(-1), group=group)
-    return gathered
+    if gathered.numel() == 0:
+        return PendingTensor(gathered)
+    _record(op, gathered, group)
+    # Flat on both sides: backends disagree on whether a stacked output is welcome.
+    work = _all_gather(gathered.view(-1), tensor.view(-1), group=group, async_op=True)
+    return PendingTensor(gathered, work, tensor)
 
 
 def all_reduce_sum_(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -113,6 +138,30 @@ def all_reduce_sum_(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
         _record("all_reduce", tensor, group)
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
     return tensor
+
+
+def reduce_scatter_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum over the group in the tensor's own dtype, of which each rank keeps its block of dim 0.
+
+    tensor: [group_size * rows, ...], the same shape on every rank
+    Returns: [rows, ...], a new tensor; the input when alone.
+    Raises: ValueError where dim 0 does not divide by the group's size.
+    Communicates: one SUM reduce-scatter of tensor.nbytes; none for an empty tensor.
+    Grad: none; all_gather_rows and reduce_scatter_rows are the differentiable ones.
+    """
+    if group is None:
+        return tensor
+    tp_size = group.size()
+    if tensor.size(0) % tp_size != 0:
+        raise ValueError(
+            f"tensor: wanted a first dimension divisible by the group's {tp_size} ranks, got {tensor.size(0)}"
+        )
+    tensor = tensor.detach().contiguous()
+    part = tensor.new_empty((tensor.size(0) // tp_size, *tensor.shape[1:]))
+    if tensor.numel() > 0:
+        _record("reduce_scatter", tensor, group)
+        _reduce_scatter(part, tensor, op=dist.ReduceOp.SUM, group=group)
+    return part
 
 
 def all_reduce_max_(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -170,18 +219,8 @@ def _reduced(tensor: Tensor, group: ProcessGroup) -> Tensor:
 
 def _scattered(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """SUM reduce-scatter of dim 0 into a new tensor, with the rounding of _reduced."""
-    tp_size = group.size()
-    if tensor.size(0) % tp_size != 0:
-        raise ValueError(
-            f"tensor: wanted a first dimension divisible by the group's {tp_size} ranks, got {tensor.size(0)}"
-        )
     wide = torch.float32 if tensor.dtype in _LOW_PRECISION else tensor.dtype
-    whole = tensor.to(wide).contiguous()
-    part = whole.new_empty((tensor.size(0) // tp_size, *tensor.shape[1:]))
-    if whole.numel() > 0:
-        _record("reduce_scatter", whole, group)
-        _reduce_scatter(part, whole, op=dist.ReduceOp.SUM, group=group)
-    return part.to(tensor.dtype)
+    return reduce_scatter_sum(tensor.to(wide), group).to(tensor.dtype)
 
 
 # Each backward below is the transposed Function, so that the four of them are closed under differentiation.
@@ -229,6 +268,18 @@ class _ReduceScatterRows(torch.autograd.Function):
         return _AllGatherRows.apply(grad, ctx.group), None
 
 
+class _AllGatherReplicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.rank = group.rank()
+        return all_gather_stacked(tensor, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return grad[ctx.rank], None
+
+
 def copy_to_group(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     """Identity forward; backward sums the gradient over the group: where a replicated tensor meets sharded weights.
 
@@ -263,3 +314,14 @@ def reduce_scatter_rows(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     Communicates: forward, one SUM reduce-scatter; backward, one all-gather. Precision: as copy_to_group.
     """
     return tensor if group is None else _ReduceScatterRows.apply(tensor, group)
+
+
+def all_gather_replicated(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """All ranks' tensors, stacked, for a computation that every rank repeats alike: backward takes the own part.
+
+    Summing there, as all_gather_rows does, would count the one gradient that every rank computes group_size times.
+
+    tensor: [...], the same shape on every rank. Returns: [group_size, ...].
+    Communicates: forward, one all-gather; backward nothing. Grad: once differentiable.
+    """
+    return tensor.unsqueeze(0) if group is None else _AllGatherReplicated.apply(tensor, group)

@@ -1,0 +1,197 @@
+"""Logits of a chunk of rows at a time, in buffers that every chunk reuses, and the matrix products of their gradients.
+
+Bound: arithmetic, one GEMM forward and two backward. The buffers are all of [*, vocab] that exists: a kernel writes the
+gradient over the logits before the next chunk does. Products go to torch (cuBLAS, or the CPU's library).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from opd_engine.functional.linear_arguments import Head
+
+# Elements that are widened at a time where a library lacks mixed precision, and by the soft-cap: 1 MiB in float32 stays
+# in a core's cache; on a GPU 64 MiB keep it busy.
+_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+_Returned = TypeVar("_Returned")
+
+
+def outside_graphs(function: Callable[..., _Returned]) -> Callable[..., _Returned]:
+    """Under torch.compile a graph break: a loop over chunks, unrolled into one graph, would be as long as the batch.
+
+    torch.compiler.disable as a decorator would import the compiler with the package.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: object) -> _Returned:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*arguments)
+        return function(*arguments)
+
+    return call
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What gradients accumulate in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def chunks_of(num_rows: int, rows_a_chunk: int) -> list[slice]:
+    """[0, num_rows) in order."""
+    return [slice(start, min(start + rows_a_chunk, num_rows)) for start in range(0, num_rows, rows_a_chunk)]
+
+
+def rows_a_chunk(workspace_bytes: int, row_bytes: int) -> int:
+    """How many rows the workspace holds; at least one."""
+    return max(1, workspace_bytes // row_bytes)
+
+
+def take_turns(chunks: Iterable[Iterator[None]], in_flight: int) -> None:
+    """Run chunks that yield after starting a collective, up to in_flight of them at a time.
+
+    While one chunk's numbers are on the wire the next one computes. The order of all steps is a function of the number
+    of chunks alone, so every rank starts its collectives in the same order; chunks end in order.
+    """
+    active: deque[Iterator[None]] = deque()
+    for chunk in chunks:
+        while len(active) == in_flight:
+            _step_each(active)
+        if _step(chunk):
+            active.append(chunk)
+    while active:
+        _step_each(active)
+
+
+def _step_each(active: deque[Iterator[None]]) -> None:
+    """A step of each, oldest first, until one has ended."""
+    for chunk in list(active):
+        if not _step(chunk):
+            active.remove(chunk)
+            return
+
+
+def _step(chunk: Iterator[None]) -> bool:
+    return next(chunk, StopIteration) is None
+
+
+class ChunkLogits:
+    """The logits of one chunk at a time: round(hidden W^T + b), soft-capped (docs/math.md (53), (54))."""
+
+    def __init__(self, head: Head, max_rows: int, *, with_gradient: bool) -> None:
+        self.head = head
+        width = head.weight.size(0)
+        self._logits = head.weight.new_empty((max_rows, width))
+        keep = with_gradient and head.softcap is not None
+        self._uncapped = torch.empty_like(self._logits) if keep else None
+
+    def compute(self, hidden: Tensor) -> Tensor:
+        """[n, vocab_shard_size] for hidden [n, hidden_size]; valid until the next call."""
+        head, rows = self.head, hidden.size(0)
+        logits = self._logits[:rows]
+        raw = logits if self._uncapped is None else self._uncapped[:rows]
+        if head.bias is None:
+            torch.mm(hidden, head.weight.t(), out=raw)
+        else:
+            torch.addmm(head.bias, hidden, head.weight.t(), out=raw)  # the bias joins before the one rounding
+        if head.softcap is not None:
+            for block in _blocks(raw):
+                capped = _tanh(raw.view(-1)[block], head.softcap).mul_(head.softcap)
+                logits.view(-1)[block] = capped
+        return logits
+
+    def uncap_(self, grad: Tensor) -> None:
+        """The gradient with respect to the logits becomes that before the soft-cap, (55)."""
+        if self._uncapped is None:
+            return
+        for block in _blocks(grad):
+            wide = grad.view(-1)[block].to(wide_dtype(grad.dtype))
+            slope = _tanh(self._uncapped[: grad.size(0)].view(-1)[block], self.head.softcap).square_().neg_().add_(1)
+            # Rows without upstream gradient may hold NaN, and padding anything: 0 x NaN is not 0.
+            grad.view(-1)[block] = (wide * slope).masked_fill_(wide == 0, 0)
+
+
+def _tanh(logits: Tensor, softcap: float) -> Tensor:
+    return logits.to(wide_dtype(logits.dtype), copy=True).div_(softcap).tanh_()
+
+
+def _blocks(tensor: Tensor) -> Iterator[slice]:
+    step = _BLOCK_ELEMENTS.get(tensor.device.type, 1 << 24)
+    for start in range(0, tensor.numel(), step):
+        yield slice(start, start + step)
+
+
+class HeadGradients:
+    """Gradients of hidden states, weight and bias over all chunks (docs/math.md (56)), accumulated wide.
+
+    hidden: [num_rows, hidden_size] or None, this shard's part, not yet summed over ranks
+    weight: [vocab_shard_size, hidden_size] or None
+    bias: [vocab_shard_size] or None
+    """
+
+    def __init__(
+        self, head: Head, num_rows: int, needs: tuple[bool, bool, bool], weight_into: Tensor | None = None
+    ) -> None:
+        """needs: of hidden, weight, bias; weight_into: what the weight's gradient is added to, in the wide dtype."""
+        wide = wide_dtype(head.weight.dtype)
+        width, hidden_size = head.weight.shape
+        self.head = head
+        self.hidden = head.weight.new_empty((num_rows, hidden_size), dtype=wide) if needs[0] else None
+        self.weight = weight_into
+        if needs[1] and weight_into is None:
+            self.weight = torch.empty((width, hidden_size), dtype=wide, device=head.weight.device)
+        self.bias = head.weight.new_zeros((width,), dtype=wide) if needs[2] else None
+        self._weight_is_set = weight_into is not None  # the first chunk writes what later ones add to
+
+    def add(self, rows: slice, grad_logits: Tensor, hidden: Tensor) -> None:
+        """One chunk's part: grad_logits [n, vocab_shard_size], its hidden states [n, hidden_size]."""
+        if self.hidden is not None:
+            multiply_wide(grad_logits, self.head.weight, self.hidden[rows])
+        if self.weight is not None:
+            multiply_transposed_wide(grad_logits, hidden, self.weight, accumulate=self._weight_is_set)
+            self._weight_is_set = True
+        if self.bias is not None:
+            self.bias += torch.sum(grad_logits, 0, dtype=self.bias.dtype)
+
+    def finish(self) -> HeadGradients:
+        """After the last chunk; without any, the weight's gradient is zero."""
+        if self.weight is not None and not self._weight_is_set:
+            self.weight.zero_()
+        return self
+
+
+def multiply_wide(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left @ right; out is wide, the factors may be half precision."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    elif left.is_cuda:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:  # no CPU library multiplies bfloat16 into float32: widen what fits a cache
+        out.zero_()
+        for columns in _column_blocks(left, right):
+            out.addmm_(left[:, columns].to(out.dtype), right[columns].to(out.dtype))
+
+
+def multiply_transposed_wide(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool) -> None:
+    """out (+)= left^T @ right; out is wide, the factors may be half precision."""
+    if left.dtype == out.dtype:
+        out.addmm_(left.t(), right, beta=1 if accumulate else 0)
+    elif left.is_cuda:
+        torch.addmm(out, left.t(), right, out_dtype=out.dtype, beta=1 if accumulate else 0, out=out)
+    else:
+        wide = right.to(out.dtype)
+        for columns in _column_blocks(left, out):
+            out[columns].addmm_(left[:, columns].to(out.dtype).t(), wide, beta=1 if accumulate else 0)
+
+
+def _column_blocks(left: Tensor, of_columns: Tensor) -> Iterator[slice]:
+    """Columns of left, together with as many rows of the other factor, a few MiB at a time."""
+    step = max(64, 4 * _BLOCK_ELEMENTS["cpu"] // max(left.size(0), of_columns.size(1), 1))
+    for start in range(0, left.size(1), step):
+        yield slice(start, start + step)
