@@ -83,6 +83,9 @@ class OPDConfig:
     score_batch_tokens: int = field(
         default=8192, metadata=_help("tokens in one scoring forward; bounds the [rows, vocab] that exist at once")
     )
+    check_teachers: bool = field(
+        default=True, metadata=_help("end the run where a teacher's scores are NaN, no distribution, or all the same")
+    )
     inplace_backward: bool = field(
         default=False, metadata=_help("overwrite the student's logits with their gradient in the backward")
     )

@@ -31,6 +31,7 @@ from opd_engine.teachers.local import LocalTeacher
 from opd_engine.teachers.mixture import mix_teachers
 from opd_engine.teachers.pool import TeacherPool
 from opd_engine.teachers.protocols import ModelBackend, Teacher
+from opd_engine.teachers.sentinel import check_alive
 
 
 @dataclasses.dataclass
@@ -79,6 +80,7 @@ def score_rollouts(
 
     Raises:
         ValueError: a batch or config that is wrong, an unknown teacher, token -> id maps that disagree.
+        DeadTeacherError: with `config.check_teachers`, a teacher whose scores cannot teach, see `check_alive`.
     Communicates: as topk_log_probs and gather_log_probs, over the shards of the student and the local teachers.
     """
     batch.validate()
@@ -89,9 +91,8 @@ def score_rollouts(
     cache = ScoreCache(config.optimizer_steps_per_rollout)
     scored = ScoredRollouts(cache, teachers, config.mixture, student.vocab_size)
     own = student if isinstance(student, Teacher) else LocalTeacher(student, max_tokens=config.score_batch_tokens)
-    if put_supports(cache, batch, shares, own, teachers, config):
-        return scored
-    for name, sequences in shares.items():
+    both = put_supports(cache, batch, shares, own, teachers, config)
+    for name, sequences in {}.items() if both else shares.items():
         for micro in scoring_batches(batch.select(sequences), teachers[name], config):
             scores = teachers.score(
                 name,
@@ -102,7 +103,27 @@ def score_rollouts(
                 temperature=config.temperature,
             )
             cache.put_scores(name, micro, scores)
+    if config.check_teachers:
+        _check_teachers(batch, scored, shares, config)
     return scored
+
+
+def _check_teachers(
+    batch: RolloutBatch, scored: ScoredRollouts, shares: dict[str, list[int]], config: OPDConfig
+) -> None:
+    """Look at what every teacher answered, where it has a weight; on a pipeline, on the stage that holds it."""
+    for position, (name, sequences) in enumerate(shares.items()):
+        teacher = scored.teachers[name]
+        if not getattr(teacher, "holds_scores", True):
+            continue
+        for micro in batch.select(sequences).micro_batches(max_tokens=config.score_batch_tokens):
+            rows = micro.loss_mask & (scored.teachers.route(micro, scored.mixture)[position] > 0)
+            if micro.sample_weights is not None:
+                rows = rows & (micro.sample_weights > 0)[micro.row_sequence()]
+            rows = rows.nonzero().flatten().cpu()
+            samples = micro.sample_ids.cpu()[micro.row_sequence().cpu()[rows]]
+            scores = scored.teacher(name, micro).select(rows)
+            check_alive(name, scores, micro.tokens.cpu()[rows], samples, vocab_size=teacher.vocab_size)
 
 
 def distillation_loss(
