@@ -7,24 +7,23 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "kernels/params.h"
 
 namespace OPD_DIVERGENCE_NAMESPACE {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kInfinity = __builtin_huge_val();
 
 // A scalar double with the same operations as a vector of them.
 struct ScalarMath {
   using V = double;
-  static V exp(V x) { return std::exp(x); }
-  static V log(V x) { return std::log(x); }
+  OPD_HOST_DEVICE static V exp(V x) { return ::exp(x); }
+  OPD_HOST_DEVICE static V log(V x) { return ::log(x); }
 };
 
 // expm1(u) - u, relative accuracy for |u| <= 1: Taylor, truncated below 1e-16 of the first term.
 template <class M>
-inline typename M::V expm1_minus_u_series(typename M::V u) {
+OPD_HOST_DEVICE inline typename M::V expm1_minus_u_series(typename M::V u) {
   typename M::V p = u * (1.0 / 121645100408832000.0) + 1.0 / 6402373705728000.0;
   p = p * u + 1.0 / 355687428096000.0;
   p = p * u + 1.0 / 20922789888000.0;
@@ -46,19 +45,19 @@ inline typename M::V expm1_minus_u_series(typename M::V u) {
 }
 
 template <class M>
-inline typename M::V is_small(typename M::V u, typename M::V yes, typename M::V no) {
+OPD_HOST_DEVICE inline typename M::V is_small(typename M::V u, typename M::V yes, typename M::V no) {
   return (u <= 1.0) & (u >= -1.0) ? yes : no;
 }
 
 // b - a from a and u = log b - log a, without cancellation.
 template <class M>
-inline typename M::V difference(typename M::V a, typename M::V b, typename M::V u) {
+OPD_HOST_DEVICE inline typename M::V difference(typename M::V a, typename M::V b, typename M::V u) {
   return is_small<M>(u, a * (expm1_minus_u_series<M>(u) + u), b - a);
 }
 
 // One bucket's share of KL(a || b).
 template <class M>
-inline typename M::V kl_term(typename M::V log_a, typename M::V log_b, typename M::V a, typename M::V b, bool plain) {
+OPD_HOST_DEVICE inline typename M::V kl_term(typename M::V log_a, typename M::V log_b, typename M::V a, typename M::V b, bool plain) {
   using V = typename M::V;
   const V u = log_b - log_a, zero = V{} + 0.0;
   const V cost = a > 0.0 ? a * u : a == 0.0 ? zero : a;  // 0 where the factor is 0, NaN where a is NaN
@@ -75,7 +74,7 @@ struct BucketTerm {
 
 // mix p + (1 - mix) q: its log minus log p and minus log q.
 template <class M>
-inline void log_mixture(typename M::V r, double mix, typename M::V* minus_log_p, typename M::V* minus_log_q) {
+OPD_HOST_DEVICE inline void log_mixture(typename M::V r, double mix, typename M::V* minus_log_p, typename M::V* minus_log_q) {
   using V = typename M::V;
   // Relative to the larger side, so that nothing overflows: r = log q - log p.
   const V magnitude = r >= 0.0 ? -r : r;
@@ -90,7 +89,7 @@ inline void log_mixture(typename M::V r, double mix, typename M::V* minus_log_p,
 }
 
 template <class M>
-inline BucketTerm<typename M::V> bucket_term(const opd::DivergenceSpec& divergence, typename M::V log_q,
+OPD_HOST_DEVICE inline BucketTerm<typename M::V> bucket_term(const opd::DivergenceSpec& divergence, typename M::V log_q,
                                              typename M::V log_p, bool plain) {
   using V = typename M::V;
   using opd::Divergence;
@@ -138,6 +137,23 @@ inline BucketTerm<typename M::V> bucket_term(const opd::DivergenceSpec& divergen
   const V value = p_weight * term(log_p, p, minus_log_p) + q_weight * term(log_q, q, minus_log_q);
   // The mixture's own derivative cancels exactly: p_weight p/m + q_weight q/m = 1.
   return {value, q_weight * q_cost};
+}
+
+// What flooring the teacher adds to the plain sum beyond the non-negative terms: see docs/math.md, "Floors".
+OPD_HOST_DEVICE inline double floored_mass_correction(const opd::DivergenceSpec& divergence, double added_mass) {
+  switch (divergence.kind) {
+    case opd::Divergence::kForwardKL:
+      return added_mass;
+    case opd::Divergence::kReverseKL:
+      return -added_mass;
+    case opd::Divergence::kSkewForwardKL:
+      return (1 - divergence.mix) * added_mass;
+    case opd::Divergence::kSkewReverseKL:
+      return -(1 - divergence.mix) * added_mass;
+    case opd::Divergence::kJSD:
+      return 0;
+  }
+  return 0;
 }
 
 }  // namespace OPD_DIVERGENCE_NAMESPACE

@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define OPD_HOST_DEVICE __host__ __device__
+#else
+#define OPD_HOST_DEVICE
+#endif
+
 namespace opd {
 
 enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
@@ -24,7 +30,7 @@ struct LogitsView {
   int64_t num_valid;                 // columns whose global id is below vocab_size; the rest is masked by index
 };
 
-static inline int64_t row_offset(const LogitsView& logits, int64_t row) {
+OPD_HOST_DEVICE static inline int64_t row_offset(const LogitsView& logits, int64_t row) {
   int64_t offset = 0;
   for (int dim = logits.num_leading_dims - 1; dim >= 0; --dim) {
     offset += (row % logits.sizes[dim]) * logits.strides[dim];
@@ -40,7 +46,7 @@ struct Temperature {
   bool per_row_is_float64;
 };
 
-static inline double temperature_of(const Temperature& temperature, int64_t row) {
+OPD_HOST_DEVICE static inline double temperature_of(const Temperature& temperature, int64_t row) {
   if (temperature.per_row == nullptr) return temperature.value;
   return temperature.per_row_is_float64 ? static_cast<const double*>(temperature.per_row)[row]
                                         : static_cast<double>(static_cast<const float*>(temperature.per_row)[row]);
@@ -48,7 +54,7 @@ static inline double temperature_of(const Temperature& temperature, int64_t row)
 
 // -1 is absent; anything else outside [0, vocab_size) is invalid and poisons its own row with NaN.
 constexpr int64_t kAbsent = -1;
-static inline bool is_invalid_id(int64_t id, int64_t vocab_size) { return id < kAbsent || id >= vocab_size; }
+OPD_HOST_DEVICE static inline bool is_invalid_id(int64_t id, int64_t vocab_size) { return id < kAbsent || id >= vocab_size; }
 
 struct TopkPartialsParams {
   LogitsView logits;

@@ -1,7 +1,7 @@
 // Argument checks shared by the ops. Every message names the op, the argument, what was wanted and what came.
 #include "ops/check.h"
 
-#include "kernels/cpu/kernels.h"
+#include "ops/launch.h"
 
 namespace opd::ops {
 
@@ -60,15 +60,17 @@ Tensor Context::empty(std::initializer_list<int64_t> sizes, ScalarType dtype) co
 
 Context context_of(const char* op, const Tensor& logits) {
   const DType dtype = logits_dtype(op, "logits", logits);
-  STD_TORCH_CHECK(cpu::variant_kernels() != nullptr, op, ": OPD_CPU_VARIANT=", cpu::requested_variant(),
-                  " is not available here, choose one of ", cpu::available_variants());
-  return {op, dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float, &logits};
+  const Context context{op, dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float, &logits};
+  check_supported(context);
+  return context;
 }
 
 Context context_of_scores(const char* op, const char* name, const Tensor& scores) {
   STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Float, op, ": ",
                   name, " must be float64 or float32, got ", describe(scores.scalar_type()));
-  return {op, scores.scalar_type(), &scores};
+  const Context context{op, scores.scalar_type(), &scores};
+  check_supported(context);
+  return context;
 }
 
 LogitsView view_of(const Context& context, const char* name, const Tensor& logits, int64_t vocab_start_index,

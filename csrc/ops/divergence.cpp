@@ -1,16 +1,12 @@
 // Divergences on buckets, on the full vocabulary, and the fused one-shard loss: check, allocate, launch.
-#include <tuple>
+#include <array>
 
-#include "kernels/cpu/kernels.h"
 #include "ops/check.h"
 #include "ops/huge_pages.h"
-#include "ops/pieces.h"
+#include "ops/launch.h"
+#include "ops/ops.h"
 
 namespace opd::ops {
-
-namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 std::tuple<Tensor, Tensor, Tensor> bucket_divergence(Tensor indices, Tensor student_log_probs, Tensor student_tail,
                                                      Tensor teacher_log_probs, Tensor teacher_tail,
@@ -40,9 +36,11 @@ std::tuple<Tensor, Tensor, Tensor> bucket_divergence(Tensor indices, Tensor stud
   p.loss = loss.data_ptr();
   p.grad_log_probs = grad_log_probs.data_ptr();
   p.grad_tail = grad_tail.data_ptr();
-  parallel_rows(p.num_rows, 64 * (p.k + 1), [&](int64_t begin, int64_t end) { cpu::bucket_divergence(p, begin, end); });
+  launch_bucket_divergence(context, p);
   return {loss, grad_log_probs, grad_tail};
 }
+
+namespace {
 
 FullDivergenceParams full_params(const Context& context, const Tensor& student_logits, const Tensor& teacher_logits,
                                  const Tensor& student_stats, const Tensor& teacher_stats, int64_t vocab_start_index,
@@ -67,14 +65,7 @@ FullDivergenceParams full_params(const Context& context, const Tensor& student_l
   return p;
 }
 
-FullDivergenceParams full_piece(const FullDivergenceParams& p, const Pieces& pieces, int64_t piece) {
-  FullDivergenceParams part = p;
-  const int64_t shared = p.num_shared - piece * pieces.columns;
-  part.student = piece_of(p.student, pieces, piece);
-  part.num_shared = shared < 0 ? 0 : shared < part.student.num_valid ? shared : part.student.num_valid;
-  part.teacher.data = static_cast<char*>(p.teacher.data) + piece * pieces.columns * item_size(p.teacher.dtype);
-  return part;
-}
+}  // namespace
 
 Tensor full_divergence(Tensor student_logits, Tensor teacher_logits, Tensor student_stats, Tensor teacher_stats,
                        int64_t vocab_start_index, int64_t vocab_size, int64_t teacher_vocab_size,
@@ -84,32 +75,26 @@ Tensor full_divergence(Tensor student_logits, Tensor teacher_logits, Tensor stud
   FullDivergenceParams p =
       full_params(context, student_logits, teacher_logits, student_stats, teacher_stats, vocab_start_index, vocab_size,
                   teacher_vocab_size, divergence, beta, alpha, temperature, row_temperature);
-  const int64_t num_tokens = p.student.num_rows, item = context.is_float64() ? 8 : 4;
-  const Pieces pieces = pieces_of(p.student);
-  Tensor sums = context.empty_scores({pieces.count, num_tokens, 2});
+  const Pieces pieces = pieces_of(context, p.student);
+  Tensor sums = context.empty_scores({pieces.count, p.student.num_rows, 2});
   p.sums = sums.data_ptr();
-  parallel_pieces(p.student, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
-    FullDivergenceParams part = full_piece(p, pieces, piece);
-    part.sums = static_cast<char*>(p.sums) + piece * num_tokens * 2 * item;
-    cpu::variant_kernels()->full_divergence(part, begin, end);
-  });
+  launch_full_divergence(context, p, pieces);
   return pieces.count == 1 ? torch::stable::squeeze(sums, 0) : torch::stable::sum(sums, std::array<int64_t, 1>{0});
 }
 
-void launch_full_backward(const Context& context, FullDivergenceParams p, const Tensor& grad, const Tensor& sums,
-                          const Tensor& grad_loss, int64_t vocab_start_index, int64_t vocab_size) {
+namespace {
+
+void run_full_backward(const Context& context, FullDivergenceParams p, const Tensor& grad, const Tensor& sums,
+                       const Tensor& grad_loss, int64_t vocab_start_index, int64_t vocab_size) {
   check_scores(context, "sums", sums, {p.student.num_rows, 2});
   check_scores(context, "grad_loss", grad_loss, {p.student.num_rows});
   p.grad = view_of(context, "grad", grad, vocab_start_index, vocab_size);
   p.sums = sums.data_ptr();
   p.grad_loss = grad_loss.data_ptr();
-  const Pieces pieces = pieces_of(p.student);
-  parallel_pieces(p.student, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
-    FullDivergenceParams part = full_piece(p, pieces, piece);
-    part.grad = piece_of(p.grad, pieces, piece);
-    cpu::variant_kernels()->full_divergence_backward(part, begin, end);
-  });
+  launch_full_divergence_backward(context, p);
 }
+
+}  // namespace
 
 Tensor full_divergence_backward(Tensor student_logits, Tensor teacher_logits, Tensor student_stats,
                                 Tensor teacher_stats, int64_t vocab_start_index, int64_t vocab_size,
@@ -117,7 +102,7 @@ Tensor full_divergence_backward(Tensor student_logits, Tensor teacher_logits, Te
                                 double temperature, OptionalTensor row_temperature, Tensor sums, Tensor grad_loss) {
   const Context context = context_of("full_divergence_backward", student_logits);
   Tensor grad = new_gradient(student_logits);
-  launch_full_backward(
+  run_full_backward(
       context,
       full_params(context, student_logits, teacher_logits, student_stats, teacher_stats, vocab_start_index, vocab_size,
                   teacher_vocab_size, divergence, beta, alpha, temperature, row_temperature),
@@ -130,7 +115,7 @@ void full_divergence_backward_(Tensor student_logits, Tensor teacher_logits, Ten
                                std::string divergence, double beta, double alpha, double temperature,
                                OptionalTensor row_temperature, Tensor sums, Tensor grad_loss) {
   const Context context = context_of("full_divergence_backward_", student_logits);
-  launch_full_backward(
+  run_full_backward(
       context,
       full_params(context, student_logits, teacher_logits, student_stats, teacher_stats, vocab_start_index, vocab_size,
                   teacher_vocab_size, divergence, beta, alpha, temperature, row_temperature),
@@ -164,18 +149,8 @@ Tensor distill_loss_(Tensor logits, Tensor indices, Tensor teacher_log_probs, Te
   p.weights = weights.data_ptr();
   Tensor loss = context.empty_scores({num_tokens});
   p.loss = loss.data_ptr();
-  parallel_rows(num_tokens, p.logits.width, [&](int64_t begin, int64_t end) { cpu::distill_loss(p, begin, end); });
+  launch_distill_loss(context, p);
   return loss;
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(opd_engine, CPU, m) {
-  m.impl("bucket_divergence", TORCH_BOX(&bucket_divergence));
-  m.impl("full_divergence", TORCH_BOX(&full_divergence));
-  m.impl("full_divergence_backward", TORCH_BOX(&full_divergence_backward));
-  m.impl("full_divergence_backward_", TORCH_BOX(&full_divergence_backward_));
-  m.impl("distill_loss_", TORCH_BOX(&distill_loss_));
 }
 
 }  // namespace opd::ops

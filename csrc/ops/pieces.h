@@ -13,7 +13,7 @@ struct Pieces {
   int64_t count, columns;  // pieces a row, columns a piece (the last may have fewer)
 };
 
-inline Pieces pieces_of(const LogitsView& logits) {
+inline Pieces pieces_for_threads(const LogitsView& logits) {
   constexpr int64_t kRowsThatFillThreads = 16, kMinColumns = 16384, kGranularity = 1024;
   const int64_t rows = logits.num_rows;
   int64_t count = rows == 0 ? 1 : kRowsThatFillThreads / rows;

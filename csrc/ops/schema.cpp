@@ -3,7 +3,16 @@
 // d_entropy, d_target). Signatures are documented in opd_engine/ops/__init__.py.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(opd_engine, m) {
+#include "ops/ops.h"
+
+// The library's name; tests build the ops once more under another, with the CUDA kernels emulated on CPU tensors.
+#ifndef OPD_LIBRARY
+#define OPD_LIBRARY opd_engine
+#endif
+#define OPD_DEFINE(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define OPD_IMPLEMENT(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+
+OPD_DEFINE(OPD_LIBRARY, m) {
   m.def(
       "topk_partials(Tensor logits, int k, Tensor? target, int vocab_start_index, int vocab_size, "
       "float temperature, Tensor? row_temperature) -> Tensor");
@@ -46,3 +55,29 @@ STABLE_TORCH_LIBRARY(opd_engine, m) {
       "Tensor weights, str divergence, float beta, float alpha, str tail, float? teacher_log_prob_min, "
       "int vocab_size, float temperature, Tensor? row_temperature) -> Tensor");
 }
+
+namespace {
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("topk_partials", TORCH_BOX(&opd::ops::topk_partials));
+  m.impl("merge_topk", TORCH_BOX(&opd::ops::merge_topk));
+  m.impl("gather_partials", TORCH_BOX(&opd::ops::gather_partials));
+  m.impl("merge_gather", TORCH_BOX(&opd::ops::merge_gather));
+  m.impl("gather_log_probs", TORCH_BOX(&opd::ops::gather_log_probs));
+  m.impl("scores_backward", TORCH_BOX(&opd::ops::scores_backward));
+  m.impl("scores_backward_", TORCH_BOX(&opd::ops::scores_backward_));
+  m.impl("bucket_divergence", TORCH_BOX(&opd::ops::bucket_divergence));
+  m.impl("full_divergence", TORCH_BOX(&opd::ops::full_divergence));
+  m.impl("full_divergence_backward", TORCH_BOX(&opd::ops::full_divergence_backward));
+  m.impl("full_divergence_backward_", TORCH_BOX(&opd::ops::full_divergence_backward_));
+  m.impl("distill_loss_", TORCH_BOX(&opd::ops::distill_loss_));
+}
+
+}  // namespace
+
+// One function an op for every device: ops/launch.cpp knows where a tensor's kernels run.
+OPD_IMPLEMENT(OPD_LIBRARY, CPU, m) { implement(m); }
+#ifdef OPD_WITH_CUDA
+OPD_IMPLEMENT(OPD_LIBRARY, CUDA, m) { implement(m); }
+#endif

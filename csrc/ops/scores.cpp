@@ -1,17 +1,10 @@
 // Top-k, gather, their merges and their backward: check, allocate, launch.
-#include <tuple>
-
-#include "kernels/cpu/kernels.h"
 #include "ops/check.h"
 #include "ops/huge_pages.h"
-#include "ops/pieces.h"
+#include "ops/launch.h"
+#include "ops/ops.h"
 
 namespace opd::ops {
-
-namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 constexpr int64_t kMaxVocab = int64_t{1} << 31;
 
@@ -19,6 +12,7 @@ Tensor topk_partials(Tensor logits, int64_t k, OptionalTensor target, int64_t vo
                      double temperature, OptionalTensor row_temperature) {
   const Context context = context_of("topk_partials", logits);
   STD_TORCH_CHECK(k >= 0 && k <= vocab_size, "topk_partials: k must be in [0, vocab_size = ", vocab_size, "], got ", k);
+  check_topk_supported(context, k);
   STD_TORCH_CHECK(vocab_size < kMaxVocab, "topk_partials: vocab_size must be below 2^31, got ", vocab_size);
   TopkPartialsParams p{};
   p.logits = view_of(context, "logits", logits, vocab_start_index, vocab_size);  // [*, vocab_shard_size]
@@ -30,16 +24,10 @@ Tensor topk_partials(Tensor logits, int64_t k, OptionalTensor target, int64_t vo
   p.vocab_size = vocab_size;
   const int64_t words_per_score = context.is_float64() ? 2 : 1;
   p.packed_words = (k + kNumStats + (p.target != nullptr)) * words_per_score + k;
-  const Pieces pieces = pieces_of(p.logits);
+  const Pieces pieces = pieces_of(context, p.logits);
   Tensor packed = context.empty({pieces.count, num_tokens, p.packed_words}, ScalarType::Int);
   p.packed = static_cast<int32_t*>(packed.data_ptr());
-  parallel_pieces(p.logits, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
-    TopkPartialsParams part = p;
-    part.logits = piece_of(p.logits, pieces, piece);
-    part.vocab_start_index += piece * pieces.columns;
-    part.packed += piece * num_tokens * p.packed_words;
-    cpu::variant_kernels()->topk_partials(part, begin, end);
-  });
+  launch_topk_partials(context, p, pieces);
   if (pieces.count == 1) return torch::stable::squeeze(packed, 0);
   Tensor combined = context.empty({num_tokens, p.packed_words}, ScalarType::Int);
   MergeTopkParams merge{};
@@ -52,7 +40,7 @@ Tensor topk_partials(Tensor logits, int64_t k, OptionalTensor target, int64_t vo
   merge.is_float64 = context.is_float64();
   merge.temperature = p.temperature;
   merge.target = p.target;
-  cpu::combine_topk_partials(merge, static_cast<int32_t*>(combined.data_ptr()), 0, num_tokens);
+  launch_combine_topk(context, merge, static_cast<int32_t*>(combined.data_ptr()));
   return combined;
 }
 
@@ -70,6 +58,7 @@ SixTensors merge_topk(Tensor packed, int64_t k, OptionalTensor target, int64_t v
                   scores + k, " words a row (float32 scores) or ", 2 * scores + k, " (float64), got ", p.packed_words);
   p.is_float64 = p.packed_words == 2 * scores + k;
   const Context context{"merge_topk", p.is_float64 ? ScalarType::Double : ScalarType::Float, &packed};
+  check_supported(context);
   check_tensor(context, "packed", packed, ScalarType::Int, {-1, -1, -1});
   p.packed = static_cast<const int32_t*>(packed.data_ptr());
   p.k = k;
@@ -86,8 +75,7 @@ SixTensors merge_topk(Tensor packed, int64_t k, OptionalTensor target, int64_t v
   p.lse = lse.data_ptr();
   p.entropy = entropy.data_ptr();
   p.target_log_prob = target_log_prob.data_ptr();
-  parallel_rows(p.num_rows, 64 * (p.tp_size * k + 1),
-                [&](int64_t begin, int64_t end) { cpu::merge_topk(p, begin, end); });
+  launch_merge_topk(context, p);
   return {indices, log_probs, tail, lse, entropy, target_log_prob};
 }
 
@@ -105,20 +93,13 @@ std::tuple<Tensor, Tensor> gather_partials(Tensor logits, Tensor indices, Option
   p.vocab_start_index = vocab_start_index;
   p.vocab_size = vocab_size;
   p.indices = static_cast<const int64_t*>(indices.data_ptr());
-  const int64_t support_width = p.k + (p.target != nullptr), item = context.is_float64() ? 8 : 4;
-  const Pieces pieces = pieces_of(p.logits);
+  const int64_t support_width = p.k + (p.target != nullptr);
+  const Pieces pieces = pieces_of(context, p.logits);
   Tensor stats = context.empty_scores({pieces.count, num_tokens, kNumStats});
   Tensor support_logits = context.empty_scores({pieces.count, num_tokens, support_width});
   p.stats = stats.data_ptr();
   p.support_logits = support_logits.data_ptr();
-  parallel_pieces(p.logits, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
-    GatherPartialsParams part = p;
-    part.logits = piece_of(p.logits, pieces, piece);
-    part.vocab_start_index += piece * pieces.columns;
-    part.stats = static_cast<char*>(p.stats) + piece * num_tokens * kNumStats * item;
-    part.support_logits = static_cast<char*>(p.support_logits) + piece * num_tokens * support_width * item;
-    cpu::variant_kernels()->gather_partials(part, begin, end);
-  });
+  launch_gather_partials(context, p, pieces);
   if (pieces.count == 1) return {torch::stable::squeeze(stats, 0), torch::stable::squeeze(support_logits, 0)};
   Tensor combined_stats = context.empty_scores({num_tokens, kNumStats});
   Tensor combined_support = context.empty_scores({num_tokens, support_width});
@@ -133,7 +114,7 @@ std::tuple<Tensor, Tensor> gather_partials(Tensor logits, Tensor indices, Option
   merge.target = p.target;
   merge.merged_stats = combined_stats.data_ptr();
   merge.log_probs = combined_support.data_ptr();
-  cpu::combine_gather_partials(merge, 0, num_tokens);
+  launch_combine_gather(context, merge);
   return {combined_stats, combined_support};
 }
 
@@ -164,7 +145,7 @@ SixTensors merge_gather(Tensor stats, Tensor support_logits, Tensor indices, Opt
   p.entropy = entropy.data_ptr();
   p.target_log_prob = target_log_prob.data_ptr();
   p.merged_stats = merged.data_ptr();
-  parallel_rows(p.num_rows, 64 * (p.k + 1), [&](int64_t begin, int64_t end) { cpu::merge_gather(p, begin, end); });
+  launch_merge_gather(context, p);
   return {log_probs, tail, lse, entropy, target_log_prob, merged};
 }
 
@@ -178,10 +159,11 @@ SixTensors gather_log_probs(Tensor logits, Tensor indices, OptionalTensor target
                       row_temperature);
 }
 
-void launch_backward(const Context& context, const Tensor& logits, const Tensor& grad, const Tensor& indices,
-                     const OptionalTensor& target, const Tensor& stats, const Tensor& upstream,
-                     int64_t vocab_start_index, int64_t vocab_size, double temperature,
-                     const OptionalTensor& row_temperature) {
+namespace {
+
+void run_backward(const Context& context, const Tensor& logits, const Tensor& grad, const Tensor& indices,
+                  const OptionalTensor& target, const Tensor& stats, const Tensor& upstream, int64_t vocab_start_index,
+                  int64_t vocab_size, double temperature, const OptionalTensor& row_temperature) {
   ScoresBackwardParams p{};
   p.logits = view_of(context, "logits", logits, vocab_start_index, vocab_size);
   p.grad = view_of(context, "grad", grad, vocab_start_index, vocab_size);
@@ -197,23 +179,18 @@ void launch_backward(const Context& context, const Tensor& logits, const Tensor&
   p.target = target_pointer(context, target, num_tokens);
   p.stats = stats.data_ptr();
   p.upstream = upstream.data_ptr();
-  const Pieces pieces = pieces_of(p.logits);
-  parallel_pieces(p.logits, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
-    ScoresBackwardParams part = p;
-    part.logits = piece_of(p.logits, pieces, piece);
-    part.grad = piece_of(p.grad, pieces, piece);
-    part.vocab_start_index += piece * pieces.columns;
-    cpu::variant_kernels()->scores_backward(part, begin, end);
-  });
+  launch_scores_backward(context, p);
 }
+
+}  // namespace
 
 Tensor scores_backward(Tensor logits, Tensor indices, OptionalTensor target, Tensor stats, Tensor upstream,
                        int64_t vocab_start_index, int64_t vocab_size, double temperature,
                        OptionalTensor row_temperature) {
   const Context context = context_of("scores_backward", logits);
   Tensor grad = new_gradient(logits);
-  launch_backward(context, logits, grad, indices, target, stats, upstream, vocab_start_index, vocab_size, temperature,
-                  row_temperature);
+  run_backward(context, logits, grad, indices, target, stats, upstream, vocab_start_index, vocab_size, temperature,
+               row_temperature);
   return grad;
 }
 
@@ -221,20 +198,8 @@ void scores_backward_(Tensor logits, Tensor indices, OptionalTensor target, Tens
                       int64_t vocab_start_index, int64_t vocab_size, double temperature,
                       OptionalTensor row_temperature) {
   const Context context = context_of("scores_backward_", logits);
-  launch_backward(context, logits, logits, indices, target, stats, upstream, vocab_start_index, vocab_size, temperature,
-                  row_temperature);
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(opd_engine, CPU, m) {
-  m.impl("topk_partials", TORCH_BOX(&topk_partials));
-  m.impl("merge_topk", TORCH_BOX(&merge_topk));
-  m.impl("gather_partials", TORCH_BOX(&gather_partials));
-  m.impl("merge_gather", TORCH_BOX(&merge_gather));
-  m.impl("gather_log_probs", TORCH_BOX(&gather_log_probs));
-  m.impl("scores_backward", TORCH_BOX(&scores_backward));
-  m.impl("scores_backward_", TORCH_BOX(&scores_backward_));
+  run_backward(context, logits, logits, indices, target, stats, upstream, vocab_start_index, vocab_size, temperature,
+               row_temperature);
 }
 
 }  // namespace opd::ops

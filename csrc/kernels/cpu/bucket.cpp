@@ -27,23 +27,6 @@ double log_sum_exp(const double* x, int64_t count) {
   return max + std::log(sum);
 }
 
-// What flooring the teacher adds to the plain sum beyond the non-negative terms: see docs/math.md, "Floors".
-double floored_mass_correction(const DivergenceSpec& divergence, double added_mass) {
-  switch (divergence.kind) {
-    case Divergence::kForwardKL:
-      return added_mass;
-    case Divergence::kReverseKL:
-      return -added_mass;
-    case Divergence::kSkewForwardKL:
-      return (1 - divergence.mix) * added_mass;
-    case Divergence::kSkewReverseKL:
-      return -(1 - divergence.mix) * added_mass;
-    case Divergence::kJSD:
-      return 0;
-  }
-  return kNaN;
-}
-
 template <class Score>
 void bucket_row(const BucketDivergenceParams& p, int64_t row, Workspace* w) {
   const int64_t* ids = p.indices + row * p.k;
@@ -103,7 +86,7 @@ void bucket_row(const BucketDivergenceParams& p, int64_t row, Workspace* w) {
         if (q != 0) w->gradient[i] -= q * gradient_sum;
       }
     } else if (has_tail) {
-      value += floored_mass_correction(p.divergence, added_mass);
+      value += scalar::floored_mass_correction(p.divergence, added_mass);
     }
   }
   *loss = static_cast<Score>(value);
