@@ -26,10 +26,13 @@ except ImportError as error:
     ) from error
 
 from opd_engine.functional import (
+    LinearLoss,
     TokenScores,
     distill_loss,
     full_distill_loss,
     gather_log_probs,
+    linear_distill_loss,
+    linear_full_distill_loss,
     linear_gather_log_probs,
     linear_topk_log_probs,
     topk_log_probs,
@@ -39,6 +42,7 @@ from opd_engine.parallel import VocabShard
 from opd_engine.teachers import mix_teachers
 
 __all__ = [
+    "LinearLoss",
     "TokenScores",
     "VocabShard",
     "__version__",
@@ -46,6 +50,8 @@ __all__ = [
     "distill_loss",
     "full_distill_loss",
     "gather_log_probs",
+    "linear_distill_loss",
+    "linear_full_distill_loss",
     "linear_gather_log_probs",
     "linear_topk_log_probs",
     "mix_teachers",

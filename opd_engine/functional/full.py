@@ -183,7 +183,7 @@ def _merge_statistics(
             parts.append(torch.tensor([(*bounds, teacher_vocab_size)], dtype=local[0].dtype, device=student.device))
         gathered = all_gather_stacked(torch.cat(parts), group)
         if _reads_tilings(student):
-            _check_tilings(gathered[:, -1].long().tolist())
+            check_tilings(gathered[:, -1].long().tolist())
         stacked = (gathered[:, :num_rows], gathered[:, num_rows : 2 * num_rows])
     merged = [
         torch.ops.opd_engine.merge_gather(
@@ -194,14 +194,17 @@ def _merge_statistics(
     return merged[0], merged[1]
 
 
-def _check_tilings(bounds: list[list[int]]) -> None:
-    """Raise the same ValueError on every rank where the two models are not sharded at the same boundaries."""
+def check_tilings(bounds: list[list[int]], name: str = "teacher_logits") -> None:
+    """Raise the same ValueError on every rank where the two models are not sharded at the same boundaries.
+
+    bounds: (vocab_start_index, vocab_end_index, the teacher's width, vocab_size, teacher_vocab_size) in rank order
+    """
     if (fault := find_tiling_fault([(start, end, size) for start, end, _, size, _ in bounds])) is not None:
         raise ValueError(fault)
     teachers = [(start, start + width, min(size, theirs)) for start, _, width, size, theirs in bounds]
     if (fault := find_tiling_fault(teachers)) is not None:
         student = ", ".join(f"[{start}, {end})" for start, end, *_ in bounds)
-        raise ValueError(f"teacher_logits: wanted the student's shard boundaries, {student} in rank order; {fault}")
+        raise ValueError(f"{name}: wanted the student's shard boundaries, {student} in rank order; {fault}")
 
 
 class _FullDivergence(torch.autograd.Function):

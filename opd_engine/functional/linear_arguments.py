@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opd_engine.functional.agreement import check_together, describe_rows, fingerprint
-from opd_engine.functional.arguments import check_device, check_temperature, debugging
+from opd_engine.functional.arguments import check_device, check_temperature, debugging, shape_choice
 from opd_engine.parallel.collectives import all_gather_stacked
 from opd_engine.parallel.vocab import VocabShard
 
@@ -64,6 +64,42 @@ class LinearRows:
         if not self.sequence_parallel:
             return hidden
         return all_gather_stacked(hidden, self.shard.merge_group).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class LossRows:
+    """Which rows a loss computes, and their weights."""
+
+    num_rows: int  # T
+    weights: Tensor  # [n], in the score dtype
+    index: Tensor | None  # [n] int64; None: all rows, n = T
+
+    @property
+    def count(self) -> int:
+        return self.weights.size(0)
+
+    def take(self, tensor: Tensor, part: slice) -> Tensor:
+        """Rows of a [T, ...] tensor; part counts those that are computed."""
+        return tensor[self.where(part)]
+
+    def where(self, part: slice) -> slice | Tensor:
+        """Their numbers among the T rows."""
+        return part if self.index is None else self.index[part]
+
+    def spread(self, losses: Tensor) -> Tensor:
+        """[T], 0 in rows that are not computed."""
+        if self.index is None:
+            return losses
+        return losses.new_zeros(self.num_rows).index_copy_(0, self.index, losses)
+
+    def description(self) -> dict[str, object]:
+        """What must be the same on every rank, by argument."""
+        return {"token_weights": describe_tensor(self.weights), "loss_rows": describe_tensor(self.index)}
+
+
+def describe_tensor(tensor: Tensor | None) -> str | None:
+    """What debug mode compares between ranks."""
+    return None if tensor is None else f"shape {tuple(tensor.shape)}, hash {fingerprint(tensor)}"
 
 
 def flat_rows(hidden: Tensor) -> Tensor:
@@ -160,6 +196,59 @@ def check_head(
             raise ValueError(f"{cap_name}: wanted a finite number > 0 or None, got {logit_softcap!r}")
         logit_softcap = float(logit_softcap)
     return Head(weight, bias, logit_softcap)
+
+
+def check_loss_rows(
+    rows: LinearRows, hidden: Tensor, token_weights: Tensor | None, loss_rows: Tensor | None
+) -> LossRows:
+    """The rows to compute and their weights. Raises ValueError."""
+    if token_weights is None:
+        weights = torch.ones(rows.num_rows, dtype=rows.score_dtype, device=hidden.device)
+    else:
+        if not isinstance(token_weights, Tensor):
+            raise ValueError(f"token_weights: wanted a tensor or None, got {type(token_weights).__name__}")
+        if not token_weights.is_floating_point() and token_weights.dtype != torch.bool:
+            raise ValueError(f"token_weights: wanted a floating or bool tensor, got {token_weights.dtype}")
+        if token_weights.requires_grad:
+            raise ValueError("token_weights: wanted constants, got a tensor that requires grad; use .detach()")
+        check_device(token_weights, "token_weights", hidden, "hidden")
+        if token_weights.shape not in (rows.leading_shape, (rows.num_rows,)):
+            wanted = shape_choice(rows.leading_shape, rows.num_rows)
+            raise ValueError(f"token_weights: wanted shape {wanted}, got {tuple(token_weights.shape)}")
+        weights = token_weights.reshape(rows.num_rows).to(rows.score_dtype)
+    if loss_rows is None:
+        return LossRows(rows.num_rows, weights.contiguous(), None)
+    if not isinstance(loss_rows, Tensor) or loss_rows.dtype != torch.int64 or loss_rows.dim() != 1:
+        got = (
+            f"{loss_rows.dtype} {list(loss_rows.shape)}" if isinstance(loss_rows, Tensor) else type(loss_rows).__name__
+        )
+        raise ValueError(f"loss_rows: wanted int64 row numbers [n] or None, got {got}")
+    if loss_rows.device.type == "cpu" or debugging():
+        outside = (loss_rows < 0) | (loss_rows >= rows.num_rows)
+        if bool(outside.any()):
+            raise ValueError(f"loss_rows: wanted rows in [0, T = {rows.num_rows}), got {int(loss_rows[outside][0])}")
+        if loss_rows.unique().numel() != loss_rows.numel():
+            raise ValueError("loss_rows: wanted distinct rows, got one twice")
+    index = loss_rows.to(hidden.device, non_blocking=True)
+    return LossRows(rows.num_rows, weights[index], index)
+
+
+def check_grad_scale(grad_scale: Tensor | None, hidden: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless it is a scalar on the device, and the weight's main_grad can take what it scales."""
+    if grad_scale is None:
+        return
+    if not isinstance(grad_scale, Tensor) or grad_scale.dim() != 0 or not grad_scale.is_floating_point():
+        got = list(grad_scale.shape) if isinstance(grad_scale, Tensor) else repr(grad_scale)
+        raise ValueError(f"grad_scale: wanted a floating tensor of shape [] or None, got {got}")
+    if grad_scale.requires_grad:
+        raise ValueError("grad_scale: wanted a constant, got a tensor that requires grad")
+    check_device(grad_scale, "grad_scale", hidden, "hidden")
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        raise ValueError("grad_scale: wanted a weight with a main_grad to accumulate in, got one without")
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if main_grad.dtype != wide:
+        raise ValueError(f"grad_scale: wanted a main_grad of {wide} to accumulate in, got {main_grad.dtype}")
 
 
 def agree_on_rows(

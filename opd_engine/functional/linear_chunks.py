@@ -147,7 +147,8 @@ class HeadGradients:
         if needs[1] and weight_into is None:
             self.weight = torch.empty((width, hidden_size), dtype=wide, device=head.weight.device)
         self.bias = head.weight.new_zeros((width,), dtype=wide) if needs[2] else None
-        self._weight_is_set = weight_into is not None  # the first chunk writes what later ones add to
+        self.is_added = weight_into is not None  # to main_grad, which is then self.weight
+        self._weight_is_set = self.is_added  # otherwise the first chunk writes what later ones add to
 
     def add(self, rows: slice, grad_logits: Tensor, hidden: Tensor) -> None:
         """One chunk's part: grad_logits [n, vocab_shard_size], its hidden states [n, hidden_size]."""

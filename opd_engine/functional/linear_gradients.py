@@ -35,6 +35,11 @@ def _spread(compact: Tensor, loss_rows: Tensor, num_rows: int) -> Tensor:
     return compact.new_zeros((num_rows, compact.size(1))).index_copy_(0, loss_rows, compact)
 
 
+def is_recomputing() -> bool:
+    """Whether this forward runs inside a backward, as activation checkpointing recomputes it."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def weight_accumulator(weight: Tensor) -> Tensor | None:
     """weight.main_grad where gradients can accumulate in it as they come; None where it is absent or too narrow."""
     main_grad = getattr(weight, "main_grad", None)

@@ -15,9 +15,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd_engine import ops  # noqa: F401  (registers torch.ops.opd_engine)
-from opd_engine.functional.agreement import check_upstream, fingerprint
+from opd_engine.functional.agreement import check_upstream
 from opd_engine.functional.arguments import check_ids, debugging
-from opd_engine.functional.linear_arguments import Head, LinearRows, agree_on_rows, check_linear_rows, flat_rows
+from opd_engine.functional.linear_arguments import (
+    Head,
+    LinearRows,
+    agree_on_rows,
+    check_linear_rows,
+    describe_tensor,
+    flat_rows,
+)
 from opd_engine.functional.linear_chunks import (
     ChunkLogits,
     HeadGradients,
@@ -83,7 +90,9 @@ def linear_topk_log_probs(
             raise ValueError(f"k: wanted 1 <= k <= vocab_size = {rows.shard.vocab_size}, got {k}")
         return rows, None if target is None else check_ids(target, "target", hidden, rows, per_row=False)
 
-    rows, flat_target = agree_on_rows(shard, hidden, check, lambda _, target: {"k": k, "target": _described(target)})
+    rows, flat_target = agree_on_rows(
+        shard, hidden, check, lambda _, target: {"k": k, "target": describe_tensor(target)}
+    )
     with torch.no_grad():
         outputs = _topk_chunks(rows, flat_rows(hidden.detach()), k, flat_target)
     return _token_scores(rows, outputs[0], outputs[1:], has_target=flat_target is not None)
@@ -169,7 +178,7 @@ def linear_gather_log_probs(
         shard,
         hidden,
         check,
-        lambda _, ids: {"indices": _described(ids[0]), "target": _described(ids[1])},
+        lambda _, ids: {"indices": describe_tensor(ids[0]), "target": describe_tensor(ids[1])},
     )
     row_scores = _gather(flat_rows(hidden), _GatherJob(rows, flat_indices, flat_target))
     return _token_scores(rows, flat_indices, row_scores, has_target=flat_target is not None)
@@ -303,10 +312,6 @@ class _LinearGather(torch.autograd.Function):
 
 def _detached(head: Head) -> Head:
     return Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.softcap)
-
-
-def _described(tensor: Tensor | None) -> str | None:
-    return None if tensor is None else f"shape {tuple(tensor.shape)}, hash {fingerprint(tensor)}"
 
 
 def _token_scores(

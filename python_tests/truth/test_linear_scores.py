@@ -1,4 +1,4 @@
-"""linear_topk_log_probs and linear_gather_log_probs (docs/math.md (53) to (56)) against the oracle, value and gradient."""
+"""linear_topk_log_probs and linear_gather_log_probs, docs/math.md (53) to (56), against the oracle."""
 
 import pytest
 import torch
