@@ -29,13 +29,14 @@ def install() -> bool:
 
 
 def _on_cpu(factory, cpu):
-    """The factory with device="cuda" read as the CPU: Megatron spells the string out."""
+    """The factory with device="cuda" read as the CPU, and nothing pinned: Megatron spells both out."""
 
     @functools.wraps(factory)
     def on_cpu(*args, **kwargs):
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs["device"] = cpu
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return on_cpu

@@ -1,0 +1,240 @@
+"""MegatronActor: one on-policy distillation step for a Megatron student, however it is split over ranks.
+
+scored = actor.score_rollouts(batch, teachers)      # old policy and teachers, once per rollout
+for part in the optimizer steps of this rollout:
+    report = actor.train_step(part, scored)         # forward_backward_func, Megatron's reductions, optimizer, release
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opd_engine.distillation.config import OPDConfig
+from opd_engine.distillation.metrics import MetricSums, add_metrics
+from opd_engine.distillation.reductions import Denominators
+from opd_engine.distillation.rollout import RolloutBatch
+from opd_engine.distillation.step import (
+    ScoredRollouts,
+    distillation_loss_of_scores,
+    score_rollouts,
+    target_of_loss,
+)
+from opd_engine.functional.scores import gather_log_probs
+from opd_engine.integrations.megatron.batches import BatchLayout, MicroInput
+from opd_engine.integrations.megatron.context_parallel import own_rows, whole_scores
+from opd_engine.integrations.megatron.groups import MegatronGroups
+from opd_engine.integrations.megatron.limits import check_trainable
+from opd_engine.integrations.megatron.scorer import MegatronScorer
+from opd_engine.parallel.collectives import all_gather_stacked, all_reduce_sum_, broadcast_
+from opd_engine.parallel.sequences import take_rows
+from opd_engine.teachers.pool import TeacherPool
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step.
+
+    metrics: sums over the global batch, the same on every rank
+    update_successful: False where the loss scaler skipped the step
+    grad_norm: before clipping, of the whole model; None where the optimizer does not give one
+    """
+
+    metrics: MetricSums
+    update_successful: bool
+    grad_norm: float | None
+
+
+class MegatronActor:
+    """The student, its optimizer, and the options of the loss.
+
+    model: DistributedDataParallel(Float16Module(language model)) or without the middle one; a list of one is fine
+    optimizer: of megatron.core.optimizer.get_megatron_optimizer
+    vocab_size: the real vocabulary; columns beyond it are padding
+    scheduler: anything with step(increment), called with 1 after every successful update
+    guard: called before scoring and before every training step; raises where the live weights are not the student's
+    The rest is as in MegatronScorer.
+
+    Raises: ValueError for options of Megatron that are not supported, by name, and for a config that cannot distil.
+    Mutates: config.grad_scale_func and config.finalize_model_grads_func of the model, where they are unset.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        config: OPDConfig,
+        *,
+        vocab_size: int,
+        groups: MegatronGroups | None = None,
+        layout: BatchLayout | None = None,
+        token_map: Mapping[str, int] | None = None,
+        output_layer: torch.nn.Module | None = None,
+        scheduler: Any | None = None,
+        guard: Callable[[], None] | None = None,
+    ) -> None:
+        from megatron.core.distributed import finalize_model_grads
+
+        config.validate(vocab_size=vocab_size)
+        self.student = MegatronScorer(
+            model,
+            vocab_size=vocab_size,
+            groups=groups,
+            layout=layout,
+            token_map=token_map,
+            output_layer=output_layer,
+        )
+        self.groups = self.student.groups
+        self.walk = self.student.walk
+        check_trainable(self.walk.model, self.groups)
+        self.config, self.optimizer, self.scheduler = config, optimizer, scheduler
+        self._guard = guard
+        model_config = self.walk.config
+        if model_config.finalize_model_grads_func is None:
+            model_config.finalize_model_grads_func = finalize_model_grads
+        if model_config.grad_scale_func is None:
+            model_config.grad_scale_func = optimizer.scale_loss
+
+    def score_rollouts(self, batch: RolloutBatch, teachers: TeacherPool) -> ScoredRollouts:
+        """The old policy's support where the config needs it, then every teacher's scores.
+
+        batch: this data-parallel rank's share, the same on all its tensor, context and pipeline ranks
+
+        Returns: scores on the host, real on the last pipeline stage.
+        Raises: ValueError as opd_engine.distillation.score_rollouts, and where ranks were given different batches.
+        """
+        self._begin(batch)
+        return score_rollouts(batch, self.student, teachers, self.config)
+
+    def train_step(self, batch: RolloutBatch, scored: ScoredRollouts) -> StepReport:
+        """One optimizer step on these samples; scores that no later step uses are freed.
+
+        batch: this data-parallel rank's share of the step's global batch, any selection of what was scored; it may be
+            empty on some ranks
+        """
+        metrics = self.accumulate(batch, scored)
+        update_successful, grad_norm = self.apply()
+        if batch.num_seqs:
+            scored.release(batch)
+        return StepReport(metrics, update_successful, grad_norm)
+
+    def accumulate(self, batch: RolloutBatch, scored: ScoredRollouts) -> MetricSums:
+        """The gradient of the global batch's loss, reduced by Megatron; no optimizer step.
+
+        Communicates: the model's own, 40 bytes a sequence over the data-parallel ranks, one vector of metrics; under
+            context parallel k + 4 floats a row that counts.
+        Mutates: the gradient buffers, which it clears first.
+        """
+        self._begin(batch)
+        denominators = Denominators.of(batch, self.config, self._stack_over_data_parallel)
+        walk, groups = self.walk, self.groups
+        idle = batch.num_seqs == 0  # this rank then walks one token that counts nowhere, so that nobody waits for it
+        inputs = walk.micro_inputs(_idle_batch(scored) if idle else batch)
+        per_token = walk.config.calculate_per_token_loss
+
+        def loss_of(micro: MicroInput, hidden: Tensor) -> tuple[Tensor, Tensor, MetricSums]:
+            if idle:
+                loss, metrics = self._no_loss(micro, hidden), MetricSums.of({}, scored.teachers.names, hidden.device)
+            else:
+                loss, metrics = self._loss(micro, hidden, scored, denominators)
+            # The loss is already this micro-batch's part of the global mean, and equal on context-parallel ranks;
+            # what Megatron will divide by is multiplied in here: tokens, or micro-batches and ranks.
+            if per_token:
+                divisor, count = denominators.num_rows, micro.num_wanted[groups.cp_rank]
+            else:
+                divisor, count = len(inputs) * groups.dp_cp.size(), 1
+            tokens = torch.tensor(count, dtype=torch.int, device=hidden.device)
+            return loss * divisor, tokens, metrics
+
+        walk.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        parts = walk.forward_backward(inputs, loss_of)
+        return self._everywhere(parts, scored)
+
+    def apply(self) -> tuple[bool, float | None]:
+        """The optimizer's step with the gradients as they are. Returns: whether it was taken, and the gradient norm."""
+        self._check_guard()
+        update_successful, grad_norm, _ = self.optimizer.step()
+        if update_successful and self.scheduler is not None:
+            self.scheduler.step(increment=1)
+        return bool(update_successful), None if grad_norm is None else float(grad_norm)
+
+    def _loss(
+        self, micro: MicroInput, hidden: Tensor, scored: ScoredRollouts, denominators: Denominators
+    ) -> tuple[Tensor, MetricSums]:
+        batch, config, groups = micro.batch, self.config, self.groups
+        logits = self.walk.head.logits(hidden, micro.output_rows)
+        device = logits.device
+        rows = own_rows(micro, groups, device)
+        indices = scored.support(batch, device)
+        target = target_of_loss(batch, config, denominators, device)
+        own = gather_log_probs(
+            logits,
+            take_rows(indices, rows, fill=-1),
+            target=None if target is None else take_rows(target, rows, fill=-1),
+            temperature=config.temperature,
+            shard=self.student.shard,
+            inplace_backward=config.inplace_backward,
+        )
+        whole = whole_scores(own, micro, groups, indices)
+        return distillation_loss_of_scores(whole, batch, scored, config, denominators)
+
+    def _no_loss(self, micro: MicroInput, hidden: Tensor) -> Tensor:
+        """Zero, with zero gradients for everything."""
+        logits = self.walk.head.logits(hidden, micro.output_rows)
+        return logits.double().masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0).sum()
+
+    def _everywhere(self, parts: list[MetricSums], scored: ScoredRollouts) -> MetricSums:
+        """Summed over micro-batches and data-parallel ranks, brought from the last stage to all."""
+        groups = self.groups
+        nothing = MetricSums.of({}, scored.teachers.names, self.walk.device)
+        total = add_metrics([nothing, *parts])
+        values = all_reduce_sum_(total.values.clone(), groups.dp if groups.dp.size() > 1 else None)
+        broadcast_(values, groups.pp if groups.pp_size > 1 else None, source=groups.pp_size - 1)
+        return MetricSums(total.names, values)
+
+    def _stack_over_data_parallel(self, tensor: Tensor) -> Tensor:
+        group = self.groups.dp if self.groups.dp.size() > 1 else None
+        return all_gather_stacked(tensor.to(self.walk.device), group).to(tensor.device)
+
+    def _check_guard(self) -> None:
+        if self._guard is not None:
+            self._guard()
+
+    def _begin(self, batch: RolloutBatch) -> None:
+        """Refuse what would train on the wrong weights, or hang, before anything is sent."""
+        self._check_guard()
+        parts = [batch.tokens, batch.cu_seqlens, batch.loss_mask, batch.sample_ids]
+        digest = 0
+        for part in parts:
+            digest = zlib.crc32(part.cpu().contiguous().numpy().tobytes(), digest)
+        own = torch.tensor([digest], dtype=torch.int64, device=self.walk.device)
+        for name in ("tp", "cp", "pp"):
+            group = getattr(self.groups, name)
+            if group.size() > 1:
+                digests = all_gather_stacked(own, group).flatten().tolist()
+                if len(set(digests)) > 1:
+                    raise ValueError(
+                        f"batch: wanted the same on every {name} rank of a data-parallel rank, got digests {digests}"
+                    )
+
+
+def _idle_batch(scored: ScoredRollouts) -> RolloutBatch:
+    """One token that counts nowhere."""
+    one = torch.zeros(1, dtype=torch.int64)
+    return RolloutBatch(
+        tokens=one,
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        loss_mask=torch.zeros(1, dtype=torch.bool),
+        sample_ids=one - 1,
+        rollout_ids=one - 1,
+        teacher_names=[scored.teachers.names[0]],
+    )

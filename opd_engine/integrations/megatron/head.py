@@ -1,0 +1,112 @@
+"""The last stage's output layer, asked for the rows that are wanted and for no others.
+
+Hidden states leave the model before its own output layer does, so that prompt and padding rows are never projected and
+no fp32 up-cast copies the logits. The layer itself is Megatron's: tied weights, fused weight gradients and the
+hidden-state reduction stay its business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from opd_engine.parallel.collectives import all_gather_replicated
+from opd_engine.parallel.vocab import VocabShard
+
+if TYPE_CHECKING:
+    from opd_engine.integrations.megatron.groups import MegatronGroups
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The language model inside DistributedDataParallel and Float16Module."""
+    while isinstance(getattr(model, "module", None), torch.nn.Module):
+        model = model.module
+    return model
+
+
+class OutputHead:
+    """Hidden states of the last stage -> logits of some rows.
+
+    language_model: the unwrapped model; with `share_embeddings_and_output_weights` its embedding is the weight
+    output_layer: a ColumnParallelLinear or the like; default `language_model.output_layer`
+    vocab_size: real vocabulary; what the layer has beyond it is padding
+    """
+
+    def __init__(
+        self,
+        language_model: torch.nn.Module,
+        groups: MegatronGroups,
+        vocab_size: int,
+        output_layer: torch.nn.Module | None = None,
+    ) -> None:
+        self.language_model = language_model
+        self.groups = groups
+        self.output_layer = language_model.output_layer if output_layer is None else output_layer
+        width = self._weight().shape[0]
+        padded = width * groups.tp_size
+        if not 1 <= vocab_size <= padded:
+            raise ValueError(
+                f"vocab_size: wanted the real vocabulary, at most the output layer's {padded} columns, got {vocab_size}"
+            )
+        start = groups.tp_rank * width
+        group = groups.tp if groups.tp_size > 1 else None
+        self.shard = VocabShard(start, start + width, vocab_size, group)
+
+    def _tied_weight(self) -> Tensor | None:
+        if getattr(self.language_model, "share_embeddings_and_output_weights", False):
+            return self.language_model.shared_embedding_or_output_weight()
+        return None
+
+    def _weight(self) -> Tensor:
+        tied = self._tied_weight()
+        return self.output_layer.weight if tied is None else tied
+
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Logits of the wanted rows.
+
+        hidden: [local length, sequences, hidden_size], split over the tensor-parallel ranks on dim 0 under sequence
+            parallel; rows: [n] int64 of the whole, flattened
+
+        Returns: [n, vocab_shard_size], in the model's dtype.
+        Communicates: backward, the layer's own all-reduce of the n rows' hidden gradient; under sequence parallel also
+            one all-gather of the hidden states, forward.
+        """
+        split = bool(getattr(self.output_layer, "sequence_parallel", False))
+        if split:
+            # Rows are chosen from the whole sequence, so the gather stands before the layer instead of inside it. The
+            # layer then sums the chosen rows' gradient over the ranks by itself, and each takes its part of that.
+            hidden = all_gather_replicated(hidden, self.groups.tp).flatten(0, 1)
+        chosen = hidden.flatten(0, 1).index_select(0, rows).unsqueeze(1)
+        with _whole_input(self.output_layer, split):
+            logits, _ = self.output_layer(chosen, weight=self._tied_weight(), runtime_gather_output=False)
+        return logits.squeeze(1)
+
+
+@contextlib.contextmanager
+def _whole_input(output_layer: torch.nn.Module, split: bool) -> Iterator[None]:
+    """The layer without its own sequence-parallel gather, for one call, as Megatron does it for inference."""
+    if not split:
+        yield
+        return
+    output_layer.sequence_parallel = False
+    try:
+        yield
+    finally:
+        output_layer.sequence_parallel = True
+
+
+@contextlib.contextmanager
+def hidden_states_out(language_model: torch.nn.Module, on_last_stage: bool) -> Iterator[None]:
+    """The model ends after its final norm, as on a stage that has no output layer, for one forward."""
+    if not on_last_stage:
+        yield
+        return
+    language_model.post_process = False
+    try:
+        yield
+    finally:
+        language_model.post_process = True

@@ -1,0 +1,260 @@
+"""A Megatron model as something that scores: the old policy, or a teacher of any architecture, with any pipeline depth.
+
+One call walks all micro-batches through all stages at once, in eval mode and without gradient. Scores are real on the
+last stage; the others get placeholders of the same shapes, so that every rank runs the same code above.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from opd_engine.distillation.rollout import RolloutBatch
+from opd_engine.functional.scores import gather_log_probs, topk_log_probs
+from opd_engine.functional.token_scores import TokenScores
+from opd_engine.integrations.megatron.batches import BatchLayout, MicroInput
+from opd_engine.integrations.megatron.context_parallel import own_rows, wanted_rows, whole_scores
+from opd_engine.integrations.megatron.groups import MegatronGroups
+from opd_engine.integrations.megatron.schedule import StageWalk
+from opd_engine.parallel.collectives import all_gather_stacked, broadcast_
+from opd_engine.parallel.sequences import take_rows
+from opd_engine.parallel.vocab import VocabShard
+from opd_engine.teachers.local import scoring_mode
+from opd_engine.teachers.protocols import ChooseIds
+
+_ScoreMicro = Callable[[MicroInput, Tensor, slice], TokenScores]
+"""(micro-batch, logits of the rows this rank scores, where the micro-batch lies in the batch) -> its whole scores."""
+
+
+class MegatronScorer:
+    """Implements Teacher and ChoosingTeacher for a Megatron model.
+
+    model: bare, or inside Float16Module and DistributedDataParallel; a list of one is fine. A teacher needs neither DDP
+        nor an optimizer
+    vocab_size: the model's real vocabulary; columns beyond it are padding
+    groups: default those of megatron.core.parallel_state
+    token_map: token -> id, to compare with others; None where there is no tokenizer
+    output_layer: default the language model's own
+    scoring: entered around every pass, on every rank: where weights are switched or brought to the device
+    keep_eval: leave the model in eval mode instead of as it was found (a teacher that is never trained)
+
+    Every tensor, pipeline and context rank of a data-parallel index makes the same calls with the same batches.
+    """
+
+    splits_itself = True
+
+    def __init__(
+        self,
+        model: torch.nn.Module | Sequence[torch.nn.Module],
+        *,
+        vocab_size: int,
+        groups: MegatronGroups | None = None,
+        layout: BatchLayout | None = None,
+        token_map: Mapping[str, int] | None = None,
+        output_layer: torch.nn.Module | None = None,
+        scoring: Callable[[], AbstractContextManager] | None = None,
+        keep_eval: bool = False,
+    ) -> None:
+        self.groups = MegatronGroups.from_parallel_state() if groups is None else groups
+        self.layout = BatchLayout() if layout is None else layout
+        self.walk = StageWalk(model, vocab_size, self.groups, self.layout, output_layer)
+        self.vocab_size = vocab_size
+        self.keep_eval = keep_eval
+        self._scoring = contextlib.nullcontext if scoring is None else scoring
+        self._token_map = token_map
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The language model."""
+        return self.walk.language_model
+
+    @property
+    def shard(self) -> VocabShard | None:
+        """The output layer's columns on this rank; None where this stage has no output layer."""
+        return None if self.walk.head is None else self.walk.head.shard
+
+    @property
+    def holds_scores(self) -> bool:
+        """Whether this rank's scores are real: it is on the last pipeline stage."""
+        return self.groups.is_last_stage
+
+    def token_to_id(self) -> Mapping[str, int] | None:
+        return self._token_map
+
+    def score(
+        self, batch: RolloutBatch, indices: Tensor, *, target: Tensor | None = None, temperature: float = 1.0
+    ) -> TokenScores:
+        """Log-probs at given ids; on the host, for the whole batch, real where `holds_scores`.
+
+        indices: [num_tokens, k] int64, -1 absent; target: [num_tokens] int64 or None
+        Communicates: the forward's own, then as gather_log_probs and whole_scores a micro-batch.
+        """
+        if indices.dim() != 2 or indices.shape[0] != batch.num_tokens:
+            raise ValueError(f"indices: wanted [num_tokens={batch.num_tokens}, k], got {list(indices.shape)}")
+
+        def score_micro(micro: MicroInput, logits: Tensor, place: slice) -> TokenScores:
+            return self._gathered(micro, logits, indices[place], target, place, temperature)
+
+        return self._scored(batch, indices.shape[1], score_micro, indices, target is not None)
+
+    def topk(
+        self, batch: RolloutBatch, k: int, *, target: Tensor | None = None, temperature: float = 1.0
+    ) -> TokenScores:
+        """The model's own top-k; otherwise as `score`."""
+
+        def score_micro(micro: MicroInput, logits: Tensor, place: slice) -> TokenScores:
+            return self._own_topk(micro, logits, k, target, place, temperature)
+
+        return self._scored(batch, k, score_micro, None, target is not None)
+
+    def score_chosen(
+        self,
+        batch: RolloutBatch,
+        k: int,
+        choose: ChooseIds,
+        *,
+        target: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> TokenScores:
+        """Own top-k, then the scores at the ids `choose` makes of it, from one forward; otherwise as `score`."""
+        rows = batch.loss_mask.nonzero().flatten()
+        if not self.holds_scores:
+            # The caller learns its ids through `choose`, so it is asked on every stage.
+            own = placeholder(batch, k, None, False)
+            chosen = choose(own.select(rows), rows)
+            self._scored(batch, k, None, None, False)
+            ids = torch.full((batch.num_tokens, chosen.shape[1]), -1, dtype=torch.int64)
+            ids[rows] = chosen.cpu()
+            return placeholder(batch, ids.shape[1], ids, target is not None)
+        made: list[Tensor] = []
+
+        def score_micro(micro: MicroInput, logits: Tensor, place: slice) -> TokenScores:
+            own = self._own_topk(micro, logits, k, None, place, temperature)
+            here = micro.batch.loss_mask.nonzero().flatten()
+            chosen = choose(own.select(here.to(logits.device)), here + place.start)
+            ids = chosen.new_full((micro.batch.num_tokens, chosen.shape[1]), -1)
+            ids[here.to(ids.device)] = chosen
+            made.append(ids)
+            return self._gathered(micro, logits, ids, target, place, temperature)
+
+        return self._scored(batch, k, score_micro, None, target is not None)
+
+    def next_token_logits(self, batch: RolloutBatch) -> Tensor:
+        """The full vocabulary's logits after each sequence: [num_seqs, vocab_size] float32, the same on every rank.
+
+        A whole forward without a cache: for evaluation and for rollouts of small models.
+        Communicates: all-gathers over the tensor- and context-parallel groups, a broadcast over the pipeline's.
+        """
+        last = torch.zeros(batch.num_tokens, dtype=torch.bool)
+        last[batch.cu_seqlens[1:].long() - 1] = True
+        groups = self.groups
+
+        def last_rows(micro: MicroInput, hidden: Tensor) -> Tensor:
+            logits = self.walk.head.logits(hidden, micro.output_rows).float()
+            group = groups.tp if groups.tp_size > 1 else None
+            full = torch.cat(list(all_gather_stacked(logits, group)), 1)[:, : self.vocab_size]
+            return wanted_rows(full, micro, groups)
+
+        with scoring_mode(self), self._scoring():
+            parts = self.walk.forward(self.walk.micro_inputs(batch, last), last_rows)
+        result = torch.zeros(batch.num_seqs, self.vocab_size, device=self.walk.device)
+        if parts:
+            result = torch.cat(parts).contiguous()
+        return broadcast_(result, groups.pp if groups.pp_size > 1 else None, source=groups.pp_size - 1)
+
+    def _gathered(
+        self,
+        micro: MicroInput,
+        logits: Tensor,
+        indices: Tensor,
+        target: Tensor | None,
+        place: slice,
+        temperature: float,
+    ) -> TokenScores:
+        device = logits.device
+        rows = own_rows(micro, self.groups, device)
+        indices = indices.to(device)
+        scores = gather_log_probs(
+            logits,
+            take_rows(indices, rows, fill=-1),
+            target=None if target is None else take_rows(target[place].to(device), rows, fill=-1),
+            temperature=temperature,
+            shard=self.shard,
+        )
+        return whole_scores(scores, micro, self.groups, indices)
+
+    def _own_topk(
+        self, micro: MicroInput, logits: Tensor, k: int, target: Tensor | None, place: slice, temperature: float
+    ) -> TokenScores:
+        device = logits.device
+        rows = own_rows(micro, self.groups, device)
+        scores = topk_log_probs(
+            logits,
+            k,
+            target=None if target is None else take_rows(target[place].to(device), rows, fill=-1),
+            temperature=temperature,
+            shard=self.shard,
+        )
+        return whole_scores(scores, micro, self.groups)
+
+    def _scored(
+        self,
+        batch: RolloutBatch,
+        width: int,
+        score_micro: _ScoreMicro | None,
+        indices: Tensor | None,
+        with_target: bool,
+    ) -> TokenScores:
+        """Every micro-batch's scores, one after the other, on the host; placeholders where this stage has none."""
+        if batch.num_seqs == 0:
+            return placeholder(batch, width, indices, with_target)
+        inputs = self.walk.micro_inputs(batch)
+        ends = torch.tensor([micro.batch.num_tokens for micro in inputs]).cumsum(0).tolist()
+        places = {id(micro): slice(end - micro.batch.num_tokens, end) for micro, end in zip(inputs, ends)}
+
+        def on_last_stage(micro: MicroInput, hidden: Tensor) -> TokenScores:
+            logits = self.walk.head.logits(hidden, micro.output_rows)
+            return score_micro(micro, logits, places[id(micro)]).to("cpu")
+
+        with scoring_mode(self), self._scoring():
+            parts = self.walk.forward(inputs, on_last_stage)
+        if self.keep_eval:
+            self.module.eval()
+        return _joined(parts) if parts else placeholder(batch, width, indices, with_target)
+
+
+def placeholder(batch: RolloutBatch, width: int, indices: Tensor | None, with_target: bool) -> TokenScores:
+    """Scores without content, of the shapes the last stage has: no ids unless given, and all mass in the tail."""
+    rows = batch.num_tokens
+    return TokenScores(
+        indices=torch.full((rows, width), -1, dtype=torch.int64) if indices is None else indices.cpu(),
+        log_probs=torch.full((rows, width), -torch.inf),
+        tail_log_prob=torch.zeros(rows),
+        lse=torch.full((rows,), torch.nan),
+        entropy=torch.full((rows,), torch.nan),
+        target_log_prob=torch.full((rows,), -torch.inf) if with_target else None,
+    )
+
+
+def _joined(parts: Sequence[TokenScores]) -> TokenScores:
+    """One after the other; narrower supports are filled up with absent ids."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.k for part in parts)
+
+    def wide(values: Tensor, fill: float) -> Tensor:
+        return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
+
+    columns = {}
+    for name in ("tail_log_prob", "lse", "entropy", "target_log_prob"):
+        values = [getattr(part, name) for part in parts]
+        columns[name] = None if values[0] is None else torch.cat(values)
+    return TokenScores(
+        indices=torch.cat([wide(part.indices, -1) for part in parts]),
+        log_probs=torch.cat([wide(part.log_probs, -torch.inf) for part in parts]),
+        **columns,
+    )

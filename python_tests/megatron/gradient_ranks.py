@@ -1,0 +1,333 @@
+"""What every rank runs for test_gradients.py: one layout, every check, each compared on all ranks with the reference.
+
+Loss and every parameter's gradient come out of MegatronActor through Megatron's schedules, DDP and optimizers in
+float32; the reference (megatron.dense) is float64 torch in one process. Errors are over the largest gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import torch
+from torch import Tensor
+
+from megatron import dense, models, on_cpu
+from megatron.dense import Loss, Reference, Sample, Shape
+from megatron.layouts import CHECKS, LAYOUTS, Layout
+from opd_engine.distillation import OPDConfig, RolloutBatch
+from opd_engine.teachers import TeacherPool
+
+LENGTHS = (9, 5, 14, 1, 12, 7, 16, 6)
+TEACHERS = ("math", "code")
+LR, STEPS = 0.1, 4
+ADAM = {"betas": (0.9, 0.95), "eps": 1.0}  # so large an epsilon keeps Adam from turning noise near 0 into full steps
+
+
+ROUTED = Loss()
+MIXED = Loss("forward_kl", "union", "arithmetic", "sample_mean", k=6, temperature=0.8, state_cap=1.5)
+
+
+def make_samples() -> list[Sample]:
+    """Ragged rollouts; prompts, tool tokens and two whole samples do not count."""
+    generator = torch.Generator().manual_seed(11)
+    samples = []
+    for number, length in enumerate(LENGTHS):
+        tokens = torch.randint(0, 61, (length,), generator=generator)
+        mask = torch.rand(length, generator=generator) < 0.8
+        mask[: length // 3] = False
+        mask[-1] = False
+        if number == 5:
+            mask[:] = False
+        log_probs = -3 * torch.rand(length, generator=generator)
+        samples.append(Sample(number, tokens, mask, (TEACHERS[number % 2],), log_probs))
+    return samples
+
+
+def with_teachers(samples: list[Sample], loss: Loss) -> list[Sample]:
+    """Under a mixture every third sample has both teachers."""
+    if loss.mixture == "route":
+        return samples
+    return [dataclasses.replace(s, teachers=TEACHERS) if s.number % 3 else s for s in samples]
+
+
+def as_batch(samples: list[Sample]) -> RolloutBatch:
+    lengths = torch.tensor([0, *(sample.tokens.numel() for sample in samples)])
+    numbers = torch.tensor([sample.number for sample in samples], dtype=torch.int64)
+    none = torch.zeros(0)
+    return RolloutBatch(
+        tokens=torch.cat([none.long(), *(s.tokens for s in samples)]),
+        cu_seqlens=lengths.cumsum(0).to(torch.int32),
+        loss_mask=torch.cat([none.bool(), *(s.mask for s in samples)]),
+        sample_ids=numbers,
+        rollout_ids=numbers,
+        teacher_names=[s.teachers for s in samples],
+        rollout_log_probs=torch.cat([none, *(s.log_probs for s in samples)]),
+    )
+
+
+class Job:
+    """One layout on this rank: the groups, the reference, and actors on fresh models with the same weights."""
+
+    def __init__(self, layout: Layout):
+        from opd_engine.integrations.megatron import BatchLayout, MegatronGroups, MegatronScorer
+
+        self.layout, self.groups = layout, MegatronGroups.from_parallel_state()
+        self.batch_layout = BatchLayout(context=layout.context, max_tokens=24)
+        rotary = layout.context == "zigzag"  # Megatron cuts rotary positions for zigzag only
+        vocab = {"padded_vocab_size": layout.padded_vocab_size, "rotary": rotary}
+        self.shape = Shape(**vocab)
+        self.teacher_shape = Shape(hidden=24, heads=6, ffn=48, tied=False, **vocab)
+        self.teacher_weights = {name: dense.make_weights(self.teacher_shape, 50 + i) for i, name in enumerate(TEACHERS)}
+        self.samples = make_samples()
+        self.teachers = TeacherPool(
+            {
+                name: MegatronScorer(
+                    self.build(self.teacher_shape, weights), vocab_size=61, layout=self.batch_layout, keep_eval=True
+                )
+                for name, weights in self.teacher_weights.items()
+            }
+        )
+
+    def build(self, shape: Shape, weights: dict[str, Tensor], context: str | None = "", **options):
+        context = self.layout.context if context == "" else context
+        options = {"sequence_parallel": self.layout.sequence_parallel, **options}
+        return models.build(shape, weights, self.groups, context=context, **options)
+
+    def actor(self, loss: Loss, *, kind=None, tied: bool = True, steps: int = 1, per_token=True, context="", **layout):
+        """A MegatronActor (or a `kind` of it) on a fresh model with the reference's weights."""
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        from opd_engine.integrations.megatron import MegatronActor
+
+        shape = dataclasses.replace(self.shape, tied=tied)
+        model = self.build(shape, dense.make_weights(shape, 7), context, calculate_per_token_loss=per_token)
+        spread = self.layout.distributed_optimizer
+        ddp = models.data_parallel(model, use_distributed_optimizer=spread)
+        options = OptimizerConfig(
+            optimizer="adam",
+            lr=LR,
+            adam_beta1=ADAM["betas"][0],
+            adam_beta2=ADAM["betas"][1],
+            adam_eps=ADAM["eps"],
+            weight_decay=0.0,
+            clip_grad=0.0,
+            use_distributed_optimizer=spread,
+        )
+        config = OPDConfig(
+            divergence=loss.divergence,
+            support=loss.support,
+            mixture=loss.mixture,
+            reduction=loss.reduction,
+            k=loss.k,
+            temperature=loss.temperature,
+            state_weight_cap=loss.state_cap,
+            optimizer_steps_per_rollout=steps,
+        )
+        return (kind or MegatronActor)(
+            ddp,
+            get_megatron_optimizer(options, [ddp]),
+            config,
+            vocab_size=61,
+            layout=dataclasses.replace(self.batch_layout, **layout),
+        )
+
+    def reference(self, loss: Loss, tied: bool = True, samples: list[Sample] | None = None) -> Reference:
+        shape = dataclasses.replace(self.shape, tied=tied)
+        samples = with_teachers(self.samples if samples is None else samples, loss)
+        return Reference(shape, dense.make_weights(shape, 7), self.teacher_shape, self.teacher_weights, samples, loss)
+
+    def share(self, samples: list[Sample]) -> RolloutBatch:
+        """This data-parallel rank's samples."""
+        return as_batch(samples[self.groups.dp.rank() :: self.layout.dp])
+
+    def errors(self, actor, samples: list[Sample], truth: tuple[float, dict[str, Tensor]]) -> tuple[float, float]:
+        """(error of the loss, error of the worst gradient or disagreement of replicas), of one accumulation."""
+        batch = self.share(samples)
+        scored = actor.score_rollouts(batch, self.teachers)
+        metrics = actor.accumulate(batch, scored)
+        loss = float(metrics.values[metrics.names.index("loss")])
+        own = models.gradients(actor.walk.model)
+        return abs(loss - truth[0]) / max(1.0, abs(truth[0])), self.distance(own, truth[1])
+
+    def distance(self, own: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+        whole, replicas = models.assemble(own, self.groups)
+        assert set(whole) == set(truth), sorted(set(whole) ^ set(truth))
+        largest = max(float(gradient.abs().max()) for gradient in truth.values())
+        errors = [float((whole[name].double() - truth[name]).abs().max()) for name in truth]
+        return max(replicas, max(errors) / max(largest, 1e-30))
+
+
+def start(layout: Layout) -> Job:
+    warnings.filterwarnings("ignore")
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import gpt_model  # noqa: F401  (what install() replaces must be there)
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    on_cpu.install()
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+    )
+    model_parallel_cuda_manual_seed(1)
+    return Job(layout)
+
+
+def everything(layout: str) -> dict[str, dict[str, float]]:
+    """Every check of a layout: its name -> what it measured, each to be at most its bound, or, of controls, above."""
+    job = start(LAYOUTS[layout])
+    return {name: globals()[name](job) for name in (*CHECKS, "controls")}
+
+
+def scores(job: Job) -> dict[str, float]:
+    """Old policy and teachers against the reference's logits, on the last stage."""
+    actor = job.actor(ROUTED)
+    batch, samples = job.share(job.samples), job.samples[job.groups.dp.rank() :: job.layout.dp]
+    scored = actor.score_rollouts(batch, job.teachers)
+    if not job.groups.is_last_stage:
+        return {"teacher": 0.0, "student": 0.0, "tail": 0.0}
+    ids = scored.support(batch)
+    own = actor.student.topk(batch, ROUTED.k) if job.layout.pp == 1 else None
+    worst = {"teacher": 0.0, "student": 0.0, "tail": 0.0}
+    bounds = batch.cu_seqlens.tolist()
+    shape = job.shape
+    student = dense.double_leaves(dense.make_weights(shape, 7))
+    for sample, start_row, end in zip(samples, bounds, bounds[1:]):
+        rows, mask = slice(start_row, end), sample.mask
+        weights = dense.double_leaves(job.teacher_weights[sample.teachers[0]])
+        with torch.no_grad():
+            teacher = dense.forward(weights, job.teacher_shape, sample.tokens).log_softmax(1)
+            truth = dense.forward(student, shape, sample.tokens).log_softmax(1)
+        if not mask.any():
+            continue
+        one = batch.select([samples.index(sample)])
+        found = scored.teacher(sample.teachers[0], one)
+        here = ids[rows][mask]
+        worst["teacher"] = max(worst["teacher"], _gap(found.log_probs[mask], teacher[mask].gather(1, here)))
+        tail = teacher[mask].scatter(1, here, -torch.inf).logsumexp(1)
+        worst["tail"] = max(worst["tail"], _gap(found.tail_log_prob[mask], tail))
+        top = truth[mask].topk(ROUTED.k, dim=1)
+        worst["student"] = max(worst["student"], float((top.indices.sort(1).values != here.sort(1).values).any()))
+        if own is not None:
+            worst["student"] = max(worst["student"], _gap(own.log_probs[rows][mask], top.values))
+    return worst
+
+
+def _gap(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).abs().max())
+
+
+def routed(job: Job) -> dict[str, float]:
+    loss, gradient = job.errors(job.actor(ROUTED), job.samples, job.reference(ROUTED).gradients())
+    return {"loss": loss, "gradient": gradient}
+
+
+def averaged(job: Job) -> dict[str, float]:
+    """calculate_per_token_loss off: Megatron divides by micro-batches and ranks instead of tokens."""
+    actor = job.actor(ROUTED, per_token=False)
+    loss, gradient = job.errors(actor, job.samples, job.reference(ROUTED).gradients())
+    return {"loss": loss, "gradient": gradient}
+
+
+def mixed(job: Job) -> dict[str, float]:
+    """Untied head, both teachers at once, a union support, temperature, sample means, visited-state weights."""
+    samples = with_teachers(job.samples, MIXED)
+    truth = job.reference(MIXED, tied=False).gradients()
+    loss, gradient = job.errors(job.actor(MIXED, tied=False), samples, truth)
+    return {"loss": loss, "gradient": gradient}
+
+
+def splits(job: Job) -> dict[str, float]:
+    """Micro-batch sizes, packing and padding change nothing."""
+    truth = job.reference(ROUTED).gradients()
+    ways = {
+        "one micro-batch": {"max_tokens": None},
+        "one sequence each": {"max_seqs": 1},
+        "padded": {"packed": False, "max_seqs": 3},
+        "rows padded to 8": {"pad_to": 8},
+    }
+    if job.layout.cp == 1:
+        ways["padded, Megatron's own attention"] = {"packed": False, "context": None}
+    return {name: job.errors(job.actor(ROUTED, **way), job.samples, truth)[1] for name, way in ways.items()}
+
+
+def no_loss_token(job: Job) -> dict[str, float]:
+    """Rows that count on some ranks only, a data-parallel rank without samples, and a batch where nothing counts."""
+    lone = [dataclasses.replace(s, mask=s.mask & False) for s in job.samples]
+    lone[6].mask[12] = True
+    found = {}
+    truth = job.reference(ROUTED, samples=lone).gradients()
+    found["one row"] = job.errors(job.actor(ROUTED), lone, truth)[1]
+    single = [dataclasses.replace(job.samples[2], number=0)]
+    truth = job.reference(ROUTED, samples=single).gradients()
+    found["one sample"] = job.errors(job.actor(ROUTED), single, truth)[1]
+    nothing = [dataclasses.replace(s, mask=s.mask & False) for s in job.samples]
+    actor = job.actor(ROUTED)
+    batch = job.share(nothing)
+    actor.accumulate(batch, actor.score_rollouts(batch, job.teachers))
+    found["nothing"] = max(float(g.abs().max()) for g in models.gradients(actor.walk.model).values())
+    return found
+
+
+def steps(job: Job) -> dict[str, float]:
+    """One and four optimizer steps on one rollout, whose support and teacher scores stay those of its beginning."""
+    found = {}
+    for count in (1, STEPS):
+        actor = job.actor(ROUTED, steps=count)
+        batch = job.share(job.samples)
+        scored = actor.score_rollouts(batch, job.teachers)
+        for _ in range(count):
+            report = actor.train_step(batch, scored)
+            assert report.update_successful
+        reference = job.reference(ROUTED)
+        before = {name: weight.detach().clone() for name, weight in reference.weights.items()}
+        optimizer = torch.optim.Adam(reference.weights.values(), lr=LR, **ADAM)
+        for _ in range(count):
+            optimizer.zero_grad()
+            reference.loss().backward()
+            optimizer.step()
+        moved = {name: weight.detach() - before[name] for name, weight in reference.weights.items()}
+        own = {
+            name: p - models.split(name, before[name], job.layout.tp)[job.groups.tp_rank].float()
+            for name, p in models.parameters(actor.walk.model).items()
+        }
+        found[f"{count} steps"] = job.distance(own, moved)
+        found[f"bytes held after {count}"] = float(scored.nbytes)
+    return found
+
+
+def controls(job: Job) -> dict[str, float]:
+    """Planted errors; every one must be far above the bound."""
+    from opd_engine.integrations.megatron import MegatronActor
+
+    groups = job.groups
+    alone = groups.tp_rank == groups.cp_rank == groups.dp.rank() == 0
+
+    def scaled(factor: float):
+        class Scaled(MegatronActor):
+            def _loss(self, *args):
+                loss, metrics = super()._loss(*args)
+                return loss * factor, metrics
+
+        return Scaled
+
+    class RowBefore(MegatronActor):
+        def _loss(self, micro, *args):
+            moved = dataclasses.replace(micro, output_rows=(micro.output_rows - 1).clamp(min=0))
+            return super()._loss(moved, *args)
+
+    truth = job.reference(ROUTED).gradients()
+    kinds = {"loss / 2": scaled(0.5), "1% more": scaled(1.01), "row before": RowBefore}
+    if job.layout.tp * job.layout.cp * job.layout.dp > 1:
+        kinds["loss on rank 0 only"] = scaled(1.0 if alone else 0.0)
+    found = {name: job.errors(job.actor(ROUTED, kind=kind), job.samples, truth)[1] for name, kind in kinds.items()}
+    actor = job.actor(ROUTED)
+    if job.layout == LAYOUTS["tp2"] or job.layout == LAYOUTS["tp3 padded vocabulary"]:
+        head = actor.walk.head.output_layer
+        head.allreduce_dgrad, head.disable_grad_reduce = False, True
+    else:
+        actor.walk.config.finalize_model_grads_func = lambda *args, **kwargs: None
+    found["missing reduction"] = job.errors(actor, job.samples, truth)[1]
+    return found
