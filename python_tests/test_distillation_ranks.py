@@ -25,6 +25,8 @@ CASES = [
     {"support": "rollout", "mixture": "loss_sum"},
     {"support": "student", "mixture": "geometric", "reduction": "rollout_mean", "state_weight_cap": 1.5},
     {"support": "student", "reduction": "sample_mean", "reward_beta": 0.7},
+    {"support": "student", "policy_coefficient": 0.5, "measure_overlap": True, "tasks": ("x", "y")},
+    {"support": "union", "mixture": "arithmetic", "tasks": ("x", "y")},
 ]
 REWARDS = [0.3, -1.0, 2.0, 0.0, 0.5, 1.0]
 
@@ -48,6 +50,8 @@ class ShardedToy(ToyBackend):
 def case_world(options):
     batch, student, pool = world(mixture=options.get("mixture", "route"), rewards=REWARDS)
     generator = torch.Generator().manual_seed(8)
+    batch.advantages = torch.tensor(REWARDS, dtype=torch.float64)
+    batch.task_names = ["x", "y", "", "y", "x", "x"]
     batch.rollout_log_probs = -torch.rand(batch.num_tokens, generator=generator, dtype=torch.float64) * 4
     return batch, student, pool, OPDConfig(k=4, divergence="forward_kl", **options)
 

@@ -244,13 +244,15 @@ def test_a_union_takes_one_forward_and_gives_what_two_give(cap, width):
         local = LocalTeacher(ToyBackend(width, seed=5), max_tokens=max_tokens)
         pool = TeacherPool([(TeacherSpec("t", temperature=0.8), local), ("plain", TwoPasses(local))])
         options = {"cap": cap, "vocab_size": 29, "target": batch.next_tokens()}
-        got, dropped = pool.score_union("t", batch, 4, student, **options)
+        got, dropped, shared = pool.score_union("t", batch, 4, student, **options)
         assert sum(local.backend.forward_rows) == batch.num_tokens  # every token once
         top = pool.topk("t", batch, 4, vocab_size=29)
         union = union_support([student, top], cap)
         truth = pool.score("t", batch, union.indices[:, : got.k], vocab_size=29, target=batch.next_tokens())
         assert not bool((union.indices[:, got.k :] != -1).any())
         assert same_scores(got, truth, batch.loss_mask)
+        both = [len(set(s.tolist()) & set(t.tolist()) - {-1}) / 4 for s, t in zip(student.indices, top.indices)]
+        assert torch.equal(shared[batch.loss_mask], torch.tensor(both).double()[batch.loss_mask])
         assert torch.equal(dropped[batch.loss_mask], union.dropped[batch.loss_mask])
         assert pool.score_union("plain", batch, 4, student, **options) is None
 

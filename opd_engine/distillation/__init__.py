@@ -7,9 +7,10 @@ from opd_engine.distillation.cache import ScoreCache
 from opd_engine.distillation.config import OPDConfig
 from opd_engine.distillation.metrics import MetricSums, add_metrics
 from opd_engine.distillation.off_policy import state_weights
+from opd_engine.distillation.policy import group_advantages, policy_losses
 from opd_engine.distillation.reductions import Denominators
 from opd_engine.distillation.rollout import RolloutBatch, concat_rollouts, pack_rollouts
-from opd_engine.distillation.step import ScoredRollouts, distillation_loss, score_rollouts
+from opd_engine.distillation.step import ScoredRollouts, distillation_loss, distillation_loss_of_scores, score_rollouts
 
 __all__ = [
     "Denominators",
@@ -23,7 +24,10 @@ __all__ = [
     "add_metrics",
     "concat_rollouts",
     "distillation_loss",
+    "distillation_loss_of_scores",
+    "group_advantages",
     "pack_rollouts",
+    "policy_losses",
     "score_rollouts",
     "state_weights",
 ]

@@ -48,6 +48,7 @@ class ScoreCache:
         self._scores: dict[tuple[str, int], _Block] = {}
         self._scored_by: dict[int, set[str]] = {}
         self._dropped: dict[int, int] = {}
+        self._overlaps: dict[int, dict[str, tuple[float, int]]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +89,20 @@ class ScoreCache:
         for sample in batch.sample_ids.tolist():
             self._scores[teacher, sample] = block
             self._scored_by.setdefault(sample, set()).add(teacher)
+
+    def put_overlap(self, teacher: str, batch: RolloutBatch, shared: Tensor) -> None:
+        """Store, a sample, how much of a teacher's top-k and the student's is shared.
+
+        shared: [num_tokens], the fraction; read on rows that count
+        """
+        rows = shared.cpu().double().where(batch.loss_mask.cpu(), 0.0)
+        totals = torch.zeros(batch.num_seqs, dtype=torch.float64).index_add_(0, batch.row_sequence().cpu(), rows)
+        for sample, total, count in zip(batch.sample_ids.tolist(), totals.tolist(), batch.loss_row_counts().tolist()):
+            self._overlaps.setdefault(sample, {})[teacher] = (total, count)
+
+    def overlap(self, sample: int) -> dict[str, tuple[float, int]]:
+        """Teacher -> (sum over the sample's rows that count, their number), where it was measured."""
+        return self._overlaps.get(sample, {})
 
     def support(self, batch: RolloutBatch, device: torch.device | str = "cpu", missing_ok: bool = False) -> Tensor:
         """The stored ids: [num_tokens, k] int64, -1 on rows that do not count.
@@ -154,6 +169,7 @@ class ScoreCache:
             if self._uses_left[sample] == 0:
                 del self._uses_left[sample], self._supports[sample], self._dropped[sample]
                 self._freed.add(sample)
+                self._overlaps.pop(sample, None)
                 for teacher in self._scored_by.pop(sample, ()):
                     del self._scores[teacher, sample]
         return before - self.nbytes

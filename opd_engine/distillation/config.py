@@ -59,6 +59,15 @@ class OPDConfig:
     coefficient: float = field(
         default=1.0, metadata=_help("multiplies the loss; 0 computes everything and trains nothing")
     )
+    policy_coefficient: float = field(
+        default=0.0, metadata=_help("adds the clipped policy gradient of the samples' advantages, times this; 0 is off")
+    )
+    clip_low: float = field(
+        default=0.2, metadata=_help("policy gradient: the ratio counts down to 1 less this where the advantage is < 0")
+    )
+    clip_high: float = field(
+        default=0.2, metadata=_help("policy gradient: the ratio counts up to 1 plus this where the advantage is > 0")
+    )
     reward_beta: float | None = field(
         default=None,
         metadata=_help(
@@ -83,6 +92,13 @@ class OPDConfig:
     score_batch_tokens: int = field(
         default=8192, metadata=_help("tokens in one scoring forward; bounds the [rows, vocab] that exist at once")
     )
+    tasks: tuple[str, ...] = field(
+        default=(), metadata=_help("tasks whose metrics are kept apart, by the samples' task names")
+    )
+    measure_overlap: bool = field(
+        default=False,
+        metadata=_help("measure how much of the student's and the teachers' top-k is shared; free with support union"),
+    )
     check_teachers: bool = field(
         default=True, metadata=_help("end the run where a teacher's scores are NaN, no distribution, or all the same")
     )
@@ -98,7 +114,7 @@ class OPDConfig:
     @property
     def needs_student_target(self) -> bool:
         """Whether the loss needs the student's log-prob of the sampled token."""
-        return self.state_weight_cap is not None or self.loss_type == "advantage"
+        return self.state_weight_cap is not None or self.loss_type == "advantage" or self.policy_coefficient > 0
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Refuse what cannot work or cannot distil.
@@ -137,6 +153,14 @@ class OPDConfig:
             "a finite number >= 0 (below 0 drives away from the teacher)",
             _not_negative,
         )
+        _number("policy_coefficient", self.policy_coefficient, "a finite number >= 0", _not_negative)
+        _number("clip_low", self.clip_low, "a number in [0, 1)", lambda v: 0 <= v < 1)
+        _number("clip_high", self.clip_high, "a finite number >= 0", _not_negative)
+        if self.policy_coefficient > 0 and self.reward_beta is not None:
+            raise ValueError(
+                f"reward_beta={self.reward_beta} with policy_coefficient={self.policy_coefficient}: the rewards would "
+                "count twice, in the advantages and as weights; use one of the two"
+            )
         if self.union_cap is not None:
             _whole("union_cap", self.union_cap)
             if self.support not in ("union", "teacher"):

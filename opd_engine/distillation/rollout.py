@@ -31,6 +31,8 @@ class RolloutBatch:
     teacher_weights: teacher name -> [num_seqs] or [num_tokens] weights that replace the spec's; several teachers only
     teacher_prompts: per sequence the prompt that teachers with `teacher_tokens` see instead (int64 [length]), or None
     sample_weights: [num_seqs], float64, weights already normalised over the global batch, or None
+    advantages: [num_seqs], float, for the policy gradient, or None
+    task_names: per sequence the task it belongs to, for metrics, or None
     """
 
     tokens: Tensor
@@ -44,6 +46,8 @@ class RolloutBatch:
     teacher_weights: Mapping[str, Tensor] | None = None
     teacher_prompts: list[Tensor | None] | None = None
     sample_weights: Tensor | None = None
+    advantages: Tensor | None = None
+    task_names: list[str] | None = None
 
     def __post_init__(self) -> None:
         # Shapes and dtypes only: no values are read, so a batch on a device costs no synchronisation here.
@@ -54,12 +58,13 @@ class RolloutBatch:
         _check_vector("loss_mask", self.loss_mask, torch.bool, self.num_tokens, "num_tokens")
         _check_vector("sample_ids", self.sample_ids, torch.int64, self.num_seqs, "num_seqs")
         _check_vector("rollout_ids", self.rollout_ids, torch.int64, self.num_seqs, "num_seqs")
-        for name in ("teacher_names", "teacher_prompts"):
+        for name in ("teacher_names", "teacher_prompts", "task_names"):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_seqs:
                 raise ValueError(f"{name}: wanted {self.num_seqs} entries, one a sequence, got {len(values)}")
         _check_float("rewards", self.rewards, self.num_seqs, "num_seqs")
         _check_float("sample_weights", self.sample_weights, self.num_seqs, "num_seqs")
+        _check_float("advantages", self.advantages, self.num_seqs, "num_seqs")
         _check_float("rollout_log_probs", self.rollout_log_probs, self.num_tokens, "num_tokens")
         for name, weights in (self.teacher_weights or {}).items():
             if weights.dim() != 1 or weights.shape[0] not in (self.num_seqs, self.num_tokens):
@@ -107,7 +112,7 @@ class RolloutBatch:
         unique, counts = self.sample_ids.unique(return_counts=True)
         if unique.numel() != self.num_seqs:
             raise ValueError(f"sample_ids: wanted unique ids, {int(unique[counts > 1][0])} occurs more than once")
-        for name in ("rewards", "sample_weights"):
+        for name in ("rewards", "sample_weights", "advantages"):
             values = getattr(self, name)
             if values is not None and not bool(values.isfinite().all()):
                 bad = int((~values.isfinite()).nonzero()[0])
@@ -147,6 +152,14 @@ class RolloutBatch:
         """Rows that count in each sequence: [num_seqs] int64."""
         counts = torch.zeros(self.num_seqs, dtype=torch.int64, device=self.tokens.device)
         return counts.index_add_(0, self.row_sequence(), self.loss_mask.long())
+
+    def task_rows(self, tasks: Sequence[str]) -> Tensor:
+        """Which rows belong to each task: [tasks, num_tokens] bool. Raises: ValueError for a task not among them."""
+        names = self.task_names or [""] * self.num_seqs
+        if unknown := sorted(set(names) - set(tasks) - {""}):
+            raise ValueError(f"task_names: wanted tasks among {', '.join(tasks)}, got {unknown[0]!r}")
+        of_sequence = torch.tensor([[name == task for name in names] for task in tasks], dtype=torch.bool)
+        return of_sequence.view(len(tasks), self.num_seqs).to(self.tokens.device)[:, self.row_sequence()]
 
     def to(self, device: torch.device | str) -> RolloutBatch:
         """The same batch on another device."""
@@ -195,6 +208,8 @@ class RolloutBatch:
             teacher_weights=weights,
             teacher_prompts=None if self.teacher_prompts is None else [self.teacher_prompts[s] for s in sequences],
             sample_weights=by_sequence(self.sample_weights),
+            advantages=by_sequence(self.advantages),
+            task_names=None if self.task_names is None else [self.task_names[s] for s in sequences],
         )
 
     def micro_batches(self, max_tokens: int | None = None, max_seqs: int | None = None) -> list[RolloutBatch]:
@@ -267,6 +282,8 @@ def pack_rollouts(
     sample_ids: Sequence[int] | None = None,
     rollout_ids: Sequence[int] | None = None,
     rewards: Sequence[float] | None = None,
+    advantages: Sequence[float] | None = None,
+    task_names: Sequence[str] | None = None,
     teacher_prompts: Sequence[Sequence[int] | None] | None = None,
 ) -> RolloutBatch:
     """Pack prompts and responses, given per token, into row-aligned tensors.
@@ -291,6 +308,8 @@ def pack_rollouts(
         "sample_ids": ids,
         "rollout_ids": rollout_ids,
         "rewards": rewards,
+        "advantages": advantages,
+        "task_names": task_names,
         "teacher_prompts": teacher_prompts,
     }
     for name, values in lists.items():
@@ -323,6 +342,8 @@ def pack_rollouts(
         rollout_ids=torch.tensor(ids if rollout_ids is None else list(rollout_ids), dtype=torch.int64),
         teacher_names=[""] * count if teacher_names is None else list(teacher_names),
         rewards=None if rewards is None else torch.tensor(list(rewards), dtype=torch.float64),
+        advantages=None if advantages is None else torch.tensor(list(advantages), dtype=torch.float64),
+        task_names=None if task_names is None else list(task_names),
         rollout_log_probs=None if response_log_probs is None else torch.tensor(log_probs, dtype=torch.float32),
         teacher_prompts=None
         if teacher_prompts is None
@@ -369,9 +390,20 @@ def concat_rollouts(batches: Sequence[RolloutBatch]) -> RolloutBatch:
         teacher_weights=weights,
         teacher_prompts=prompts,
         sample_weights=joined("sample_weights"),
+        advantages=joined("advantages"),
+        task_names=_joined_lists(batches, "task_names"),
     )
     whole.validate()
     return whole
+
+
+def _joined_lists(batches: Sequence[RolloutBatch], name: str) -> list | None:
+    missing = sum(getattr(batch, name) is None for batch in batches)
+    if missing == len(batches):
+        return None
+    if missing:
+        raise ValueError(f"{name}: present in {len(batches) - missing} of {len(batches)} batches, wanted all or none")
+    return [value for batch in batches for value in getattr(batch, name)]
 
 
 def _per_row(batch: RolloutBatch, name: str) -> Tensor:

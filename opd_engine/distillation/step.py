@@ -18,8 +18,9 @@ from torch import Tensor
 
 from opd_engine.distillation.cache import ScoreCache
 from opd_engine.distillation.config import OPDConfig
-from opd_engine.distillation.metrics import MetricSums, row_sums
+from opd_engine.distillation.metrics import MetricSums, group_sums, row_sums
 from opd_engine.distillation.off_policy import state_weights
+from opd_engine.distillation.policy import policy_losses
 from opd_engine.distillation.reductions import Denominators
 from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.distillation.support import put_supports, scoring_batches
@@ -42,12 +43,31 @@ class ScoredRollouts:
     teachers: the pool that scored, for its order and routing
     mixture: how several teachers combine
     vocab_size: the student's real vocabulary
+    tasks: whose metrics are kept apart
     """
 
     cache: ScoreCache
     teachers: TeacherPool
     mixture: str
     vocab_size: int
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def metric_groups(self) -> tuple[str, ...]:
+        """The groups of rows that metrics are kept of: the teachers, then the tasks."""
+        return (*self.teachers.names, *(f"task:{task}" for task in self.tasks))
+
+    def overlaps(self, batch: RolloutBatch) -> dict[str, tuple[float, int]]:
+        """Group -> (sum over rows of the shared fraction of the two models' top-k, rows), where it was measured."""
+        found: dict[str, tuple[float, int]] = {}
+        names = batch.task_names or [""] * batch.num_seqs
+        for sample, task in zip(batch.sample_ids.tolist(), names):
+            for teacher, (total, count) in self.cache.overlap(sample).items():
+                for group in (teacher, f"task:{task}"):
+                    if group in self.metric_groups:
+                        before = found.get(group, (0.0, 0))
+                        found[group] = (before[0] + total, before[1] + count)
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -89,19 +109,20 @@ def score_rollouts(
     weights = teachers.route(batch, config.mixture)
     shares = _shares(batch, weights, teachers)
     cache = ScoreCache(config.optimizer_steps_per_rollout)
-    scored = ScoredRollouts(cache, teachers, config.mixture, student.vocab_size)
+    scored = ScoredRollouts(cache, teachers, config.mixture, student.vocab_size, tuple(config.tasks))
     own = student if isinstance(student, Teacher) else LocalTeacher(student, max_tokens=config.score_batch_tokens)
     both = put_supports(cache, batch, shares, own, teachers, config)
     for name, sequences in {}.items() if both else shares.items():
         for micro in scoring_batches(batch.select(sequences), teachers[name], config):
-            scores = teachers.score(
-                name,
-                micro,
-                scored.support(micro),
-                vocab_size=student.vocab_size,
-                target=micro.next_tokens(),
-                temperature=config.temperature,
-            )
+            ids, options = scored.support(micro), {"vocab_size": student.vocab_size, "temperature": config.temperature}
+            measured = None
+            if config.measure_overlap and config.support == "student":
+                measured = teachers.score_and_overlap(name, micro, ids, config.k, target=micro.next_tokens(), **options)
+            if measured is None:
+                scores = teachers.score(name, micro, ids, target=micro.next_tokens(), **options)
+            else:
+                scores, shared = measured
+                cache.put_overlap(name, micro, shared)
             cache.put_scores(name, micro, scores)
     if config.check_teachers:
         _check_teachers(batch, scored, shares, config)
@@ -201,21 +222,51 @@ def distillation_loss_of_scores(
         reached = state_weights(batch, student.target_log_prob, config.state_weight_cap)
         total = row_weights * reached
     loss = config.coefficient * torch.where(total > 0, losses.double() * total, 0.0).sum()
+    policy: dict[str, Tensor | float] = {}
+    if config.policy_coefficient > 0:
+        on_policy, clipped = policy_losses(batch, student.target_log_prob, config)
+        term = config.policy_coefficient * torch.where(live, on_policy * row_weights, 0.0).sum()
+        loss = loss + term
+        policy = {"policy_loss": term.detach(), "clipped_rows": (clipped & live).sum()}
     with torch.no_grad():
         combined = _combined(members, weights, config.mixture)
         sums = row_sums(divergences[0], student, combined, live, next_tokens, reached)
         sums["loss"] = loss.detach()
+        sums |= policy
         if config.tail != "renormalize":
             sums["short_support_rows"] = 0.0
         sums["union_dropped"] = float(scored.cache.dropped(batch))
-        for position, name in enumerate(scored.teachers.names):
-            rows = live & (weights[position] > 0)
-            values = divergences[1 + position] if len(divergences) > 1 else divergences[0]
-            finite = rows & values.isfinite()
-            sums[f"rows/{name}"] = rows.sum()
-            sums[f"finite_rows/{name}"] = finite.sum()
-            sums[f"divergence/{name}"] = values.double().where(finite, 0.0).sum()
-    return loss, MetricSums.of(sums, scored.teachers.names, device)
+        sums |= _sums_by_group(divergences, student, members, weights, combined, live, batch, scored)
+    return loss, MetricSums.of(sums, scored.metric_groups, device)
+
+
+def _sums_by_group(
+    divergences: list[Tensor],
+    student: TokenScores,
+    members: list[TokenScores],
+    weights: Tensor,
+    combined: TokenScores,
+    live: Tensor,
+    batch: RolloutBatch,
+    scored: ScoredRollouts,
+) -> dict[str, Tensor | float]:
+    """The metrics of each teacher, by its own scores where several score one row, and of each task."""
+    names, next_tokens = scored.teachers.names, batch.next_tokens().to(live.device)
+    rows = live & (weights > 0)
+    if len(members) == 1:
+        sums = group_sums(names, rows, divergences[0], student, members[0], next_tokens)
+    else:
+        sums = {}
+        for position, name in enumerate(names):
+            own = divergences[1 + position] if len(divergences) > 1 else divergences[0]
+            sums |= group_sums([name], rows[position][None], own, student, members[position], next_tokens)
+    if scored.tasks:
+        of_row = batch.task_rows(scored.tasks).to(live.device) & live
+        tasks = scored.metric_groups[len(names) :]
+        sums |= group_sums(tasks, of_row, divergences[0], student, combined, next_tokens)
+    for group, (total, count) in scored.overlaps(batch).items():
+        sums[f"topk_overlap/{group}"], sums[f"topk_overlap_rows/{group}"] = total, float(count)
+    return sums
 
 
 def _shares(batch: RolloutBatch, weights: Tensor, teachers: TeacherPool) -> dict[str, list[int]]:

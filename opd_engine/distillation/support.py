@@ -16,7 +16,7 @@ from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.teachers.pool import TeacherPool
 from opd_engine.teachers.protocols import Teacher
-from opd_engine.teachers.union import union_support
+from opd_engine.teachers.union import shared_fraction, union_support
 
 STUDENT = ""
 """Key of the student among the sources of a union; no teacher can have an empty name."""
@@ -92,12 +92,13 @@ def _put_unions_with_one(
                 top = teachers.topk(name, micro, config.k, **options)
                 union = union_support([students, top.to("cpu")], config.union_cap)
                 scores = teachers.score(name, micro, union.indices, target=target, **options)
-                both = scores, union.dropped
-            scores, dropped = both
+                both = scores, union.dropped, shared_fraction(students.indices, top.indices.cpu())
+            scores, dropped, shared = both
             kept = _trimmed(scores.indices)
             scores = dataclasses.replace(scores, indices=kept, log_probs=scores.log_probs[:, : kept.shape[1]])
             cache.put_support(micro, scores.indices, dropped)
             cache.put_scores(name, micro, scores)
+            cache.put_overlap(name, micro, shared)
     _put_idle(cache, batch, shares)
 
 
@@ -140,6 +141,12 @@ def _put_unions(
         if not lists:
             cache.put_support(micro, torch.full((micro.num_tokens, 1), -1, dtype=torch.int64))
             continue
+        if config.support == "union":
+            for name, source in sources.items():
+                owned = [place for place, sequence in enumerate(here) if sequence in scored_by.get(name, ())]
+                if owned:
+                    part = micro.select(owned)
+                    cache.put_overlap(name, part, shared_fraction(sources[STUDENT].support(part), source.support(part)))
         union = union_support(lists, config.union_cap)
         cache.put_support(micro, _trimmed(union.indices), union.dropped)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.teachers.protocols import ChoosingTeacher, ScoringBatch, Teacher
 from opd_engine.teachers.spec import TeacherSpec
-from opd_engine.teachers.union import union_support
+from opd_engine.teachers.union import shared_fraction, union_support
 from opd_engine.teachers.vocabularies import askable, check_token_maps, rebucket
 
 
@@ -181,6 +181,40 @@ class TeacherPool:
             scores = _gather(scores, rows)
         return rebucket(scores, vocab_size=vocab_size, asked=indices.to(scores.indices.device))
 
+    def score_and_overlap(
+        self,
+        name: str,
+        batch: ScoringBatch,
+        indices: Tensor,
+        k: int,
+        *,
+        vocab_size: int,
+        target: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[TokenScores, Tensor] | None:
+        """`score`, and the fraction of `indices` that lies in the teacher's own top-k, from one forward.
+
+        Returns: the scores and [num_tokens] float64; or None where this teacher cannot, as for `score_union`.
+        """
+        teacher, spec = self[name], self.spec(name)
+        if spec.teacher_tokens or not isinstance(teacher, ChoosingTeacher):
+            return None
+        shared = torch.zeros(batch.num_tokens, dtype=torch.float64)
+
+        def choose(own: TokenScores, rows: Tensor) -> Tensor:
+            asked = indices[rows.to(indices.device)].to(own.indices.device)
+            shared[rows.cpu()] = shared_fraction(asked, own.indices).cpu()
+            return askable(asked, teacher.vocab_size)
+
+        scores = teacher.score_chosen(
+            batch,
+            min(k, teacher.vocab_size),
+            choose,
+            target=None if target is None else askable(target, teacher.vocab_size),
+            temperature=self.temperature(name, temperature),
+        )
+        return rebucket(scores, vocab_size=vocab_size, asked=indices.to(scores.indices.device)), shared
+
     def topk(
         self,
         name: str,
@@ -224,15 +258,16 @@ class TeacherPool:
         vocab_size: int,
         target: Tensor | None = None,
         temperature: float = 1.0,
-    ) -> tuple[TokenScores, Tensor] | None:
+    ) -> tuple[TokenScores, Tensor, Tensor] | None:
         """The union of the student's top-k with the teacher's, scored by the teacher, in one forward.
 
         student: the student's top-k, [num_tokens, k]
         cap: widest union, as in `union_support`
 
         Returns:
-            scores at the union's ids and the ids dropped [num_tokens], or None where this teacher cannot: it does not
-            choose ids by itself (ChoosingTeacher), or sees another prompt, so that its rows are not the batch's.
+            scores at the union's ids, the ids dropped [num_tokens] and the fraction of the student's top-k that is in
+            the teacher's [num_tokens]; or None where this teacher cannot: it does not choose ids by itself
+            (ChoosingTeacher), or sees another prompt, so that its rows are not the batch's.
         """
         teacher, spec = self[name], self.spec(name)
         if spec.teacher_tokens or not isinstance(teacher, ChoosingTeacher):
@@ -241,12 +276,14 @@ class TeacherPool:
         width = width if cap is None else min(cap, width)
         ids = torch.full((batch.num_tokens, width), -1, dtype=torch.int64, device=student.indices.device)
         dropped = ids.new_zeros(batch.num_tokens)
+        shared = torch.zeros(batch.num_tokens, dtype=torch.float64, device=ids.device)
 
         def choose(own: TokenScores, rows: Tensor) -> Tensor:
             here = rows.to(ids.device)
             own = rebucket(own, vocab_size=vocab_size)
             union = union_support([student.select(here), own.to(ids.device)], cap)
             ids[here], dropped[here] = union.indices, union.dropped
+            shared[here] = shared_fraction(student.indices[here], own.indices.to(ids.device))
             return askable(union.indices, teacher.vocab_size).to(own.indices.device)
 
         scores = teacher.score_chosen(
@@ -256,7 +293,7 @@ class TeacherPool:
             target=None if target is None else askable(target, teacher.vocab_size),
             temperature=self.temperature(name, temperature),
         )
-        return rebucket(scores, vocab_size=vocab_size, asked=ids.to(scores.indices.device)), dropped
+        return rebucket(scores, vocab_size=vocab_size, asked=ids.to(scores.indices.device)), dropped, shared
 
     def _known(self) -> str:
         return ", ".join(self._specs)

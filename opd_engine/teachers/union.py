@@ -69,3 +69,14 @@ def union_support(scores: Sequence[TokenScores], cap: int | None = None) -> Unio
         width = ids.shape[-1] if cap is None else min(cap, ids.shape[-1])
         dropped = (ids[..., width:] != -1).sum(-1)
         return UnionSupport(indices=ids[..., :width].contiguous(), dropped=dropped)
+
+
+def shared_fraction(left: Tensor, right: Tensor) -> Tensor:
+    """How much of one support lies in another: [rows] float64, 0 for an empty one.
+
+    left, right: [rows, k], distinct global ids, -1 absent; the fraction is of left's ids
+    """
+    # Distinct on each side: equal neighbours after sorting are ids of both. No [k, k] comparison is made.
+    both = torch.cat([left, right], dim=-1).sort(dim=-1).values
+    shared = ((both[..., 1:] == both[..., :-1]) & (both[..., 1:] != -1)).sum(-1)
+    return shared.double() / (left != -1).sum(-1).clamp(min=1)
