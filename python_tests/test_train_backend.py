@@ -128,8 +128,31 @@ def test_folders_that_hold_no_model_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"config.json"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such model"}))
-    with pytest.raises(ValueError, match="cannot load a causal LM"):
+    with pytest.raises(ValueError, match=r"wanted model\.safetensors"):
         load_model(tmp_path)
+    write_model(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "no such model"}))
+    with pytest.raises(ValueError, match="cannot load a causal LM"):
+        load_model(tmp_path / "model")
+
+
+def test_weights_that_are_missing_or_cut_short_are_named_and_never_invented(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = write_model(tmp_path / "model")
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"--teacher math: .*model\.safetensors"):
+        load_model(folder, argument="--teacher math")
+    file.write_bytes(whole)
+    weights = load_file(file)
+    assert "lm_head.weight" not in weights, "a tied head is not missing"
+    load_model(folder)
+    del weights["model.norm.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"--student: 1 weights of Qwen3ForCausalLM .*: model\.norm\.weight"):
+        load_model(folder, argument="--student")
 
 
 def test_pickled_weights_are_refused(tmp_path):
@@ -137,6 +160,6 @@ def test_pickled_weights_are_refused(tmp_path):
     model = load_model(folder)
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot load a causal LM"):
+    with pytest.raises(ValueError, match=r"wanted model\.safetensors or .* got neither"):
         load_model(folder)
     assert load_tokenizer(folder).eos_token == ";"

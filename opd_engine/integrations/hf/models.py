@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from opd_engine.teachers.checkpoint_files import check_safetensors_folder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -51,22 +53,31 @@ def load_model(
     trust_remote_code: run Python code that lies in the directory; off by default.
     argument: what to call `path` in an error ("--student", "--teacher math").
     Returns: the model, in eval mode.
-    Raises: ValueError where there is no such directory, or transformers cannot load it (pickled weights included).
+    Raises: ValueError where there is no such directory, its files are missing or cut short, a weight of the model is
+        not in them, or transformers cannot load it (pickled weights included).
     """
     from transformers import AutoModelForCausalLM
 
     directory = _directory(path, argument, "config.json")
+    check_safetensors_folder(directory, argument=argument)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
+            output_loading_info=True,
         )
     except Exception as error:  # transformers raises many types for a folder it cannot read; the user needs one line
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{argument}: cannot load a causal LM from {str(directory)!r}: {reason}") from error
+    # transformers fills what is missing with random numbers and goes on.
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"{argument}: {len(missing)} weights of {type(model).__name__} are not in {str(directory)!r}: "
+            + ", ".join(missing[:5])
+        )
     return model.to(device).eval()
 
 
