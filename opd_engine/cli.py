@@ -60,7 +60,10 @@ def _run_train(options: argparse.Namespace, unknown: Sequence[str]) -> int:
     apply_flags(config, options)
     config.validate()
 
-    from opd_engine.train.loop import run
+    if config.run.backend == "megatron":
+        from opd_engine.train.megatron import run
+    else:
+        from opd_engine.train.loop import run
     from opd_engine.train.summary import describe
 
     summary = run(config)

@@ -109,6 +109,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path, text, words):
         (["--data.task", "arithmetic", "--teacher", "a=b"], ["teachers", "makes its own"]),
         (["--data.task", "arithmetic", "--resume", "--overwrite"], ["run.overwrite", "resume"]),
         (["--data.task", "text", "--text.prompt_tokens", "64"], ["text.prompt_tokens", "64"]),
+        (["--data.task", "arithmetic", "--run.cp", "2"], ["run.cp: wanted 1", "got 2", "megatron"]),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(capsys, arguments, words):

@@ -42,11 +42,17 @@ class RunConfig:
     threads: int = _field(0, "torch's intra-op threads, 0 leaves torch's default; tiny models want 1", min=0)
     device: str = _field("cpu", "where the models live, as torch names it: cpu, cuda, cuda:1")
     dtype: str = _field("float32", "of the parameters", choices=("float32", "float64", "bfloat16", "float16"))
-    tp: int = _field(1, "ranks that share the LM head; torchrun starts exactly as many", unit="processes", min=1)
+    backend: str = _field(
+        "hf", "what trains the student: transformers here, or megatron-core", choices=("hf", "megatron")
+    )
+    tp: int = _field(1, "ranks that share the LM head; hf wants exactly as many started", unit="processes", min=1)
+    pp: int = _field(1, "megatron: pipeline stages", unit="processes", min=1)
+    cp: int = _field(1, "megatron: ranks that share a sequence", unit="processes", min=1)
     resume: bool = _field(False, "continue from the newest checkpoint in output_dir")
     overwrite: bool = _field(False, "start anew where output_dir already holds a run, which is then lost")
     timeout_s: float = _field(600.0, "how long a rank waits for the others before it gives up", unit="seconds", min=1.0)
     quiet: bool = _field(False, "no progress bar; without a terminal there is none either")
+    wandb_project: str = _field("", "log to this Weights & Biases project too, which uploads the numbers; empty is off")
 
 
 @dataclass
@@ -215,6 +221,12 @@ class TrainConfig:
                 )
         elif self.teachers:
             raise ConfigError(f'teachers: data.task = "{self.data.task}" makes its own, got {", ".join(self.teachers)}')
+        for key in ("pp", "cp"):
+            if self.run.backend == "hf" and getattr(self.run, key) != 1:
+                raise ConfigError(
+                    f'run.{key}: wanted 1 for run.backend = "hf", got {getattr(self.run, key)}; '
+                    "only the megatron backend splits layers or sequences"
+                )
         if not 0.0 < self.rollout.top_p <= 1.0:
             raise ConfigError(f"rollout.top_p: wanted above 0 and at most 1, got {self.rollout.top_p}")
         if self.data.task == "text" and self.text.prompt_tokens >= self.text.passage_tokens:
@@ -292,7 +304,7 @@ _FREE_ON_RESUME = (
     "text.reuse_teachers",
     "text.cache_dir",
 )
-_FIXED_ON_RESUME = ("run.seed", "run.dtype", "run.device")
+_FIXED_ON_RESUME = ("run.seed", "run.dtype", "run.device", "run.backend")
 
 
 def differences(saved: TrainConfig, given: TrainConfig) -> list[str]:
