@@ -60,6 +60,16 @@ def test_shards_merge_to_the_whole(logits, dtype, k):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_logit_of_minus_infinity_weighs_nothing_beside_one_that_swallows_the_gap(dtype):
+    """At 1e6 and t = 1e-6 the distance at which e^((z - m)/t) vanishes is far below one ulp of m."""
+    logits = torch.full((1, 300), -torch.inf, dtype=dtype)
+    logits[0, 5], logits[0, 7], logits[0, 9] = 1e6, 1e6 - 0.0625, -1e6
+    stats, support = OPS.gather_partials(logits, torch.tensor([[5]]), None, 0, 300, 1e-6, None)
+    log_probs, tail, _, entropy, *_ = OPS.merge_gather(stats[None], support, torch.tensor([[5]]), None, 300, 1e-6, None)
+    assert (log_probs.item(), tail.item(), entropy.item()) == (0, -62_500, 0)
+
+
 PATTERNS = {
     "random": lambda v: torch.randn(v),
     "ascending": lambda v: torch.arange(v) / v * 20.0,

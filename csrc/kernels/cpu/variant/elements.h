@@ -99,6 +99,56 @@ OPD_INLINE void widen(const Scalar* source, int64_t count, C* buffer) {
   for (i = count; i < end; ++i) buffer[i] = -std::numeric_limits<C>::infinity();
 }
 
+// A chunk of the compute type: the logits themselves where they are that and fill whole groups, else widened.
+template <class Scalar, class C>
+OPD_INLINE const C* chunk_of(const Scalar* source, int64_t count, C* buffer) {
+  if constexpr (std::is_same<Scalar, C>::value) {
+    if (count % kGroup<C> == 0) return source;
+  }
+  widen(source, count, buffer);
+  return buffer;
+}
+
+// A chunk, group by group: a group is where chunk_of left it until it is lifted out, which copies it into the buffer.
+template <class C>
+class GroupedChunk {
+ public:
+  // next: what the row goes on with, group_bytes a group; asked for while this chunk is computed with.
+  GroupedChunk(const C* chunk, int64_t padded, C* buffer, const void* next, int64_t group_bytes)
+      : buffer_(buffer), next_(static_cast<const char*>(next)), group_bytes_(group_bytes), count_(padded / kGroup<C>) {
+    for (int64_t g = 0; g < count_; ++g) groups_[g] = chunk + g * kGroup<C>;
+  }
+  OPD_ALWAYS_INLINE void prefetch_next(int64_t g) const {
+    for (int64_t byte = 0; byte < group_bytes_; byte += 64) __builtin_prefetch(next_ + g * group_bytes_ + byte);
+  }
+  int64_t count() const { return count_; }
+  const C* operator[](int64_t g) const { return groups_[g]; }
+  C* lift(int64_t g) {
+    C* own = buffer_ + g * kGroup<C>;
+    if (groups_[g] != own) {
+      std::memcpy(own, groups_[g], kGroup<C> * sizeof(C));
+      groups_[g] = own;
+    }
+    return own;
+  }
+
+ private:
+  C* buffer_;
+  const char* next_;
+  int64_t group_bytes_, count_;
+  const C* groups_[kChunk<C> / kGroup<C>];
+};
+
+// Groups that lie in one piece.
+template <class C>
+struct Groups {
+  const C* start;
+  int64_t num;
+  int64_t count() const { return num; }
+  const C* operator[](int64_t g) const { return start + g * kGroup<C>; }
+  void prefetch_next(int64_t) const {}
+};
+
 template <class Scalar, class C>
 OPD_INLINE void narrow(const C* buffer, int64_t count, Scalar* target) {
   int64_t i = 0;

@@ -1,6 +1,6 @@
 // Gather: one shard's share of k given ids' logits, and its statistics with the tail summed over the off-support
-// columns. Bound: one read of the logits. Support columns are lifted out of the L1 copy of a chunk, so the tail costs
-// no second exponential; they join the total afterwards, k of them.
+// columns. Bound: one read of the logits. Support columns are lifted out of a copy of their group, so the tail costs no
+// second exponential; they join the total afterwards, k of them.
 #include <algorithm>
 #include <memory>
 
@@ -43,19 +43,15 @@ void rows_of(const GatherPartialsParams& p, int64_t begin, int64_t end) {
     Statistics tail;
     int64_t next = 0;
     for (int64_t start = 0; start < valid; start += kChunk<C>) {
-      const int64_t count = std::min(kChunk<C>, valid - start);
-      widen(logits + start, count, buffer);
+      const int64_t count = std::min(kChunk<C>, valid - start), padded = round_up_to_group<C>(count);
+      GroupedChunk<C> chunk(chunk_of(logits + start, count, buffer), padded, buffer, logits + start + count,
+                            kGroup<C> * sizeof(Scalar));
       for (; next < num_owned && owned[next].column < start + count; ++next) {
-        buffer[owned[next].column - start] = -std::numeric_limits<C>::infinity();
+        const int64_t local = owned[next].column - start;
+        chunk.lift(local / kGroup<C>)[local % kGroup<C>] = -std::numeric_limits<C>::infinity();
       }
-      const int64_t padded = round_up_to_group<C>(count);
-      const GroupMax<C> best = chunk_maximum(buffer, padded);
-      const double chunk_max = best.reduce();
-      if (best.any_nan() || chunk_max == kInf) {
-        tail.poisoned = true;
-        break;
-      }
-      add_chunk<C, kCompensated<Scalar>>(buffer, padded, chunk_max, temperature, &tail);
+      add_groups<C, kCompensated<Scalar>>(chunk, maximum<C>(chunk), temperature, &tail);
+      if (tail.poisoned) break;
     }
     Statistics total = tail;
     const auto owned_logit = [&](int64_t i) { return static_cast<C>(to_float(logits[owned[i].column])); };

@@ -48,11 +48,27 @@ void fill(Scalar* grad, int64_t count, double value) {
   std::fill(grad, grad + count, rounded);
 }
 
+// dz = E (offset + slope log2 E) of a chunk; target may be the chunk itself.
+template <class C>
+struct Stream {
+  ExponentScale<C> scale;
+  C offset, slope;
+
+  template <bool kOffset>
+  OPD_ALWAYS_INLINE void run(const C* chunk, int64_t count, C* target) const {
+    for (int64_t i = 0; i < count; i += kLanes<C>) {
+      VecOf<C> exponent2;
+      const VecOf<C> e = exp_scaled<C, kOffset>(load(chunk + i), scale, &exponent2);
+      const VecOf<C> dz = e * (offset + slope * exponent2);
+      store(target + i, e > C{0} ? dz : VecOf<C>{});  // also where the factor is infinite
+    }
+  }
+};
+
 template <class Scalar>
 void rows_of(const ScoresBackwardParams& p, int64_t begin, int64_t end) {
   using C = ComputeOf<Scalar>;
   using Score = ScoreOf<Scalar>;
-  using Vec = VecOf<C>;
   const int64_t valid = p.logits.num_valid, width = p.logits.width;
   alignas(64) C buffer[kChunk<C>];
   const std::unique_ptr<Exception[]> exceptions(new Exception[p.k + 1]);
@@ -119,22 +135,22 @@ void rows_of(const ScoresBackwardParams& p, int64_t begin, int64_t end) {
         a += tail_share * (u.entropy == 0 ? shared : shared - u.entropy * (gap - log_s + entropy));
         b = u.entropy == 0 ? 0 : -u.entropy * tail_share * kLn2;
       }
-      const Vec offset = splat<C>(static_cast<C>(a / t)), slope = splat<C>(static_cast<C>(b / t));
-      const ExponentScale<C> scale = exponent_scale<C>(m_tail, t);
+      const Stream<C> stream{exponent_scale<C>(m_tail, t), static_cast<C>(a / t), static_cast<C>(b / t)};
       int64_t next = 0;
       for (int64_t start = 0; start < valid; start += kChunk<C>) {
         const int64_t count = std::min(kChunk<C>, valid - start), padded = round_up_to_group<C>(count);
-        widen(logits + start, count, buffer);
-        for (int64_t i = 0; i < padded; i += kLanes<C>) {
-          Vec exponent2;
-          const Vec e = exp_scaled<C, kCompensated<Scalar>>(load(buffer + i), scale, &exponent2);
-          const Vec dz = e * (offset + slope * exponent2);
-          store(buffer + i, e > C{0} ? dz : Vec{});  // also where the factor is infinite
+        const C* chunk = chunk_of(logits + start, count, buffer);
+        C* out = buffer;
+        if constexpr (std::is_same<Scalar, C>::value) out = chunk == buffer ? buffer : grad + start;
+        if (kCompensated<Scalar> && stream.scale.is_offset_small) {
+          stream.template run<kCompensated<Scalar>>(chunk, padded, out);
+        } else {
+          stream.template run<false>(chunk, padded, out);
         }
         for (; next < num_exceptions && exceptions[next].column < start + count; ++next) {
-          buffer[exceptions[next].column - start] = static_cast<C>(exception_grads[next]);
+          out[exceptions[next].column - start] = static_cast<C>(exception_grads[next]);
         }
-        narrow(buffer, count, grad + start);
+        if (out == buffer) narrow(buffer, count, grad + start);
       }
     } else {  // every off-support logit is -inf
       fill(grad, valid, 0);

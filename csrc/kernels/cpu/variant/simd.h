@@ -15,7 +15,8 @@
 #include <arm_neon.h>
 #endif
 
-#define OPD_INLINE static inline __attribute__((always_inline))
+#define OPD_ALWAYS_INLINE inline __attribute__((always_inline))
+#define OPD_INLINE static OPD_ALWAYS_INLINE
 
 namespace opd::cpu::OPD_CPU_VARIANT {
 
@@ -37,14 +38,15 @@ typedef float FloatVec __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleVec __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Int32Vec __attribute__((vector_size(kVectorBytes)));
 typedef int64_t Int64Vec __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UInt32Vec __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t UInt64Vec __attribute__((vector_size(kVectorBytes)));
 
 template <class C>
 struct Traits;
 template <>
 struct Traits<float> {
   using Vec = FloatVec;
-  using IntVec = Int32Vec;
-  using Int = int32_t;
+  using UIntVec = UInt32Vec;
   static constexpr int kMantissaBits = 23;
   static constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kMinExponent = -125.5f;     // below it 2^y is treated as 0
@@ -53,8 +55,7 @@ struct Traits<float> {
 template <>
 struct Traits<double> {
   using Vec = DoubleVec;
-  using IntVec = Int64Vec;
-  using Int = int64_t;
+  using UIntVec = UInt64Vec;
   static constexpr int kMantissaBits = 52;
   static constexpr double kRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kMinExponent = -1021.5;
@@ -64,7 +65,7 @@ struct Traits<double> {
 template <class C>
 using VecOf = typename Traits<C>::Vec;
 template <class C>
-using IntVecOf = typename Traits<C>::IntVec;
+using UIntVecOf = typename Traits<C>::UIntVec;
 template <class C>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(C));
 
@@ -132,23 +133,20 @@ OPD_INLINE uint32_t greater_mask(DoubleVec a, DoubleVec b) {
 #endif
 }
 
+// b where either is NaN.
 template <class C>
 OPD_INLINE VecOf<C> max(VecOf<C> a, VecOf<C> b) {
   return a > b ? a : b;
 }
 
-// 2^f on |f| <= 0.5, Taylor in f ln 2: truncation below 6e-9 (float), 5e-18 (double), relative.
+// 2^f on |f| <= 0.503: 1 + f p(f), the polynomial of least relative error, 2.7e-9.
 OPD_INLINE FloatVec exp2_fraction(FloatVec f) {
-  constexpr float c1 = 0.693147180559945309f, c2 = 0.240226506959100712f, c3 = 0.0555041086648215800f,
-                  c4 = 0.00961812910762847716f, c5 = 0.00133335581464284434f, c6 = 0.000154035303933816099f,
-                  c7 = 0.0000152527338040598403f;
-  FloatVec p = splat<float>(c7);
-  p = p * f + c6;
-  p = p * f + c5;
-  p = p * f + c4;
-  p = p * f + c3;
-  p = p * f + c2;
-  p = p * f + c1;
+  FloatVec p = splat<float>(1.559710431e-4f);
+  p = p * f + 1.3407566e-3f;
+  p = p * f + 9.617681866e-3f;
+  p = p * f + 5.5503080004e-2f;
+  p = p * f + 0.24022652863f;
+  p = p * f + 0.69314721629f;
   return p * f + 1.0f;
 }
 // e^r on |r| <= ln(2) / 2.
@@ -174,19 +172,16 @@ constexpr double kLn2 = 0.69314718055994530942;
 constexpr double kLn2High = 6.93147180369123816490e-01;  // 33 significant bits: n * kLn2High is exact
 constexpr double kLn2Low = 1.90821492927058770002e-10;
 
+// value 2^n of n + kRoundMagic: the magic number's own bits leave on the left.
 template <class C>
 OPD_INLINE VecOf<C> scale_by_power_of_two(VecOf<C> value, VecOf<C> rounded_plus_magic) {
-  using IntVec = IntVecOf<C>;
-  using Int = typename Traits<C>::Int;
-  const VecOf<C> magic = splat<C>(Traits<C>::kRoundMagic);
-  const IntVec exponent = (IntVec)rounded_plus_magic - (IntVec)magic;
-  // Multiply rather than shift: << of a negative lane is undefined in C++17.
-  return (VecOf<C>)((IntVec)value + exponent * (Int{1} << Traits<C>::kMantissaBits));
+  using UIntVec = UIntVecOf<C>;
+  return (VecOf<C>)((UIntVec)value + ((UIntVec)rounded_plus_magic << Traits<C>::kMantissaBits));
 }
 
 // e^x for x <= 700, 0 below -708; NaN and +inf are the caller's to exclude.
 OPD_INLINE DoubleVec exp(DoubleVec x) {
-  const DoubleVec clamped = max<double>(x, splat<double>(-713.0));
+  const DoubleVec clamped = max<double>(splat<double>(-713.0), x);
   const DoubleVec rounded = clamped * kLog2E + Traits<double>::kRoundMagic;
   const DoubleVec n = rounded - Traits<double>::kRoundMagic;
   const DoubleVec r = (clamped - n * kLn2High) - n * kLn2Low;
@@ -194,15 +189,18 @@ OPD_INLINE DoubleVec exp(DoubleVec x) {
   return x > -708.0 ? e : DoubleVec{};
 }
 
-// e^((z - m) / t) over a row: m, t and what follows from them, once a row.
+// e^((z - m) / t) over a row: m, t and what follows from them, once a row or chunk.
 //
 // (z - m) / t is never formed. With c = log2(e) / t as an unevaluated sum of two words, the fraction of (z - m) c is
-// taken by one fused multiply-add, so that a small temperature costs no accuracy; for float32 logits the rounding
-// error of z - m itself is carried along (kCompensated). Relative error of the result: about 1e-7 in float whatever
-// the argument, where exp(x) of a rounded x is off by |x| ulp.
+// taken by fused multiply-adds, so that a small temperature costs no accuracy. Where z - m may round (kOffset), the
+// fractions of z c and of m c are taken apart, each by one rounding, and subtracted: at z = m that is exactly 0.
+// Relative error of the result: about 1e-7 in float whatever the argument, where exp(x) of a rounded x is off by |x|
+// ulp.
 template <class C>
 struct ExponentScale {
   C max, floor, c_high, c_low, inverse;
+  C max_magic, max_fraction;  // kOffset: the magic number less round(m c), and m c - round(m c)
+  bool is_offset_small;       // else |m c| is so large that z - m is exact wherever e^(...) is not 0
   double temperature, row_max;
 };
 
@@ -211,35 +209,44 @@ OPD_INLINE ExponentScale<C> exponent_scale(double row_max, double temperature) {
   ExponentScale<C> s;
   const double c = std::fmin(kLog2E / temperature, 1e30);
   const double lowest = static_cast<double>(std::numeric_limits<C>::lowest());
+  const double floor = std::fmax(row_max + std::fmax(Traits<C>::kFloorExponent / c, lowest / 2), lowest);
   s.max = static_cast<C>(row_max);
-  s.floor = static_cast<C>(std::fmax(row_max + std::fmax(Traits<C>::kFloorExponent / c, lowest / 2), lowest));
+  s.floor = static_cast<C>(floor);
+  // Rounded down: rounded up it could be m itself, and a logit of -inf would count as much as the largest.
+  if (static_cast<double>(s.floor) > floor || s.floor == s.max) {
+    s.floor = std::nextafter(s.floor, -std::numeric_limits<C>::max());
+  }
   s.c_high = static_cast<C>(c);
   s.c_low = static_cast<C>(c - static_cast<double>(s.c_high));
   s.inverse = static_cast<C>(1.0 / temperature);
+  const double offset = row_max * static_cast<double>(s.c_high);
+  s.is_offset_small = std::fabs(offset) < 1 << 21;
+  const double rounded = s.is_offset_small ? std::nearbyint(offset) : 0;
+  s.max_magic = static_cast<C>(static_cast<double>(Traits<C>::kRoundMagic) - rounded);
+  s.max_fraction = static_cast<C>(offset - rounded);
   s.temperature = temperature;
   s.row_max = row_max;
   return s;
 }
 
 // Returns e^((z - m) / t), exactly 0 where it would underflow or z = -inf; exponent2 is its log2, clamped, so that
-// a product of the two is 0 there rather than 0 x inf.
-template <class C, bool kCompensated>
+// a product of the two is 0 there rather than 0 x inf. A NaN shows in exponent2.
+template <class C, bool kOffset>
 OPD_INLINE VecOf<C> exp_scaled(VecOf<C> z, const ExponentScale<C>& s, VecOf<C>* exponent2) {
   using Vec = VecOf<C>;
-  const Vec clamped = max<C>(z, splat<C>(s.floor));
+  const Vec clamped = max<C>(splat<C>(s.floor), z);
   const Vec d = clamped - s.max;
 #if OPD_HAS_FMA
   const Vec c_high = splat<C>(s.c_high);
   const Vec y = d * c_high;
   const Vec rounded = y + Traits<C>::kRoundMagic;
-  const Vec n = rounded - Traits<C>::kRoundMagic;
-  Vec f = fma(d, c_high, -n);
-  f = fma(d, splat<C>(s.c_low), f);
-  if (kCompensated) {  // Knuth's two-sum: d + lost = clamped - max exactly
-    const Vec back = d - clamped;
-    const Vec lost = (clamped - (d - back)) + ((-s.max) - back);
-    f = fma(lost, c_high, f);
+  Vec f;
+  if (kOffset) {
+    f = fma(clamped, c_high, -(rounded - s.max_magic)) - s.max_fraction;
+  } else {
+    f = fma(d, c_high, -(rounded - Traits<C>::kRoundMagic));
   }
+  f = fma(d, splat<C>(s.c_low), f);
   Vec e;
   if constexpr (std::is_same<C, double>::value) {
     e = scale_by_power_of_two<C>(exp_fraction(f * kLn2), rounded);
@@ -257,5 +264,31 @@ OPD_INLINE VecOf<C> exp_scaled(VecOf<C> z, const ExponentScale<C>& s, VecOf<C>* 
   *exponent2 = y;
   return y > Traits<C>::kMinExponent ? e : Vec{};
 }
+
+// Sums of vectors of the compute type, lane by lane in double.
+template <class C>
+struct LaneSums {
+  static constexpr int kParts = std::is_same<C, double>::value ? 1 : 2;
+  DoubleVec parts[kParts] = {};
+
+  OPD_ALWAYS_INLINE void add(VecOf<C> v) {
+    if constexpr (std::is_same<C, double>::value) {
+      parts[0] += v;
+    } else {
+      typedef float HalfVec __attribute__((vector_size(kVectorBytes / 2)));
+      HalfVec halves[2];
+      std::memcpy(halves, &v, sizeof(v));
+      parts[0] += __builtin_convertvector(halves[0], DoubleVec);
+      parts[1] += __builtin_convertvector(halves[1], DoubleVec);
+    }
+  }
+  OPD_ALWAYS_INLINE double total() const {
+    double sum = 0;
+    for (int part = 0; part < kParts; ++part) {
+      for (int lane = 0; lane < kLanes<double>; ++lane) sum += parts[part][lane];
+    }
+    return sum;
+  }
+};
 
 }  // namespace opd::cpu::OPD_CPU_VARIANT

@@ -44,61 +44,74 @@ struct Statistics {
   }
 };
 
+// The largest lane, NaN left out.
 template <class C>
-struct GroupMax {
-  VecOf<C> max = splat<C>(-std::numeric_limits<C>::infinity());
-  IntVecOf<C> nan{};
-
-  void add(VecOf<C> z) {
-    max = opd::cpu::OPD_CPU_VARIANT::max<C>(z, max);
-    nan |= (z != z);
-  }
-  C reduce() const {
-    C best = max[0];
-    for (int i = 1; i < kLanes<C>; ++i) best = max[i] > best ? max[i] : best;
-    return best;
-  }
-  bool any_nan() const {
-    bool any = false;
-    for (int i = 0; i < kLanes<C>; ++i) any |= nan[i] != 0;
-    return any;
-  }
-};
-
-// buffer: count elements, a multiple of kGroup, absent ones -inf. chunk_max: their maximum, finite or -inf.
-template <class C, bool kCompensate>
-OPD_INLINE void add_chunk(const C* buffer, int64_t count, double chunk_max, double temperature, Statistics* total) {
-  if (!(chunk_max > -kInf)) return;
-  total->raise_max(chunk_max, temperature);
-  const ExponentScale<C> scale = exponent_scale<C>(total->max, temperature);
-  double sums[kLanes<C>] = {}, weights[kLanes<C>] = {};
-  for (int64_t i = 0; i < count; i += kGroup<C>) {
-    VecOf<C> sum{}, weighted{};
-    for (int v = 0; v < 8; ++v) {
-      VecOf<C> exponent2;
-      const VecOf<C> e = exp_scaled<C, kCompensate>(load(buffer + i + v * kLanes<C>), scale, &exponent2);
-      sum += e;
-      weighted += e * exponent2;
-    }
-    for (int lane = 0; lane < kLanes<C>; ++lane) {
-      sums[lane] += static_cast<double>(sum[lane]);
-      weights[lane] += static_cast<double>(weighted[lane]);
-    }
-  }
-  double sum = 0, weighted = 0;
-  for (int lane = 0; lane < kLanes<C>; ++lane) {
-    sum += sums[lane];
-    weighted += weights[lane];
-  }
-  total->add_to_sum(sum);
-  total->weighted += weighted * kLn2;
+OPD_INLINE C largest_lane(VecOf<C> v) {
+  C best = v[0];
+  for (int i = 1; i < kLanes<C>; ++i) best = v[i] > best ? v[i] : best;
+  return best;
 }
 
 template <class C>
-OPD_INLINE GroupMax<C> chunk_maximum(const C* buffer, int64_t count) {
-  GroupMax<C> best;
-  for (int64_t i = 0; i < count; i += kLanes<C>) best.add(load(buffer + i));
+OPD_INLINE VecOf<C> group_maximum(const C* group, VecOf<C> best) {
+  for (int v = 0; v < 8; ++v) best = max<C>(load(group + v * kLanes<C>), best);
   return best;
+}
+
+// NaN left out: it shows when the exponentials are summed.
+template <class C, class ManyGroups>
+OPD_INLINE C maximum(const ManyGroups& groups) {
+  VecOf<C> even = splat<C>(-std::numeric_limits<C>::infinity()), odd = even;
+  int64_t g = 0;
+  for (; g + 1 < groups.count(); g += 2) {
+    even = group_maximum<C>(groups[g], even);
+    odd = group_maximum<C>(groups[g + 1], odd);
+  }
+  if (g < groups.count()) even = group_maximum<C>(groups[g], even);
+  return largest_lane<C>(max<C>(even, odd));
+}
+
+template <class C, bool kOffset, class ManyGroups>
+OPD_INLINE void sum_exponentials(const ManyGroups& groups, const ExponentScale<C>& scale, Statistics* total) {
+  LaneSums<C> sums, weights;
+  for (int64_t g = 0; g < groups.count(); ++g) {
+    const C* group = groups[g];
+    groups.prefetch_next(g);
+    VecOf<C> sum{}, weighted{};
+    for (int v = 0; v < 8; ++v) {
+      VecOf<C> exponent2;
+      const VecOf<C> e = exp_scaled<C, kOffset>(load(group + v * kLanes<C>), scale, &exponent2);
+      sum += e;
+      weighted += e * exponent2;
+    }
+    sums.add(sum);
+    weights.add(weighted);
+  }
+  total->add_to_sum(sums.total());
+  total->weighted += weights.total() * kLn2;
+}
+
+// Adds groups of logits, absent ones -inf. largest: their maximum, NaN left out.
+template <class C, bool kCompensate, class ManyGroups>
+OPD_INLINE void add_groups(const ManyGroups& groups, double largest, double temperature, Statistics* total) {
+  if (largest == -kInf) {
+    for (int64_t g = 0; g < groups.count(); ++g) {
+      for (int64_t i = 0; i < kGroup<C>; ++i) total->poisoned |= groups[g][i] != groups[g][i];
+    }
+    return;
+  }
+  if (largest == kInf) {
+    total->poisoned = true;
+    return;
+  }
+  total->raise_max(largest, temperature);
+  const ExponentScale<C> scale = exponent_scale<C>(total->max, temperature);
+  if (kCompensate && scale.is_offset_small) {
+    sum_exponentials<C, kCompensate>(groups, scale, total);
+  } else {
+    sum_exponentials<C, false>(groups, scale, total);
+  }
+  total->poisoned |= total->weighted != total->weighted;  // 0 x NaN is NaN
 }
 
 // Adds `count` logits given by get(i), each above -inf or poisonous, a chunk at a time.
@@ -108,13 +121,8 @@ OPD_INLINE void add_logits(int64_t count, const Get& get, double temperature, C*
     const int64_t part = count - start < kChunk<C> ? count - start : kChunk<C>, padded = round_up_to_group<C>(part);
     for (int64_t i = 0; i < part; ++i) buffer[i] = get(start + i);
     for (int64_t i = part; i < padded; ++i) buffer[i] = -std::numeric_limits<C>::infinity();
-    const GroupMax<C> best = chunk_maximum(buffer, padded);
-    const double chunk_max = best.reduce();
-    if (best.any_nan() || chunk_max == kInf) {
-      total->poisoned = true;
-      return;
-    }
-    add_chunk<C, kCompensate>(buffer, padded, chunk_max, temperature, total);
+    const Groups<C> groups{buffer, padded / kGroup<C>};
+    add_groups<C, kCompensate>(groups, maximum<C>(groups), temperature, total);
   }
 }
 

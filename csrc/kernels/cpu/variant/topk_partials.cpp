@@ -83,12 +83,10 @@ class TopkBuffer {
     if (size_ <= k_) return;
     std::nth_element(keys_.get(), keys_.get() + k_ - 1, keys_.get() + size_, Better<C>());
     const int64_t lost = size_ - k_, padded = round_up_to_group<C>(lost);
-    C best = -std::numeric_limits<C>::infinity();
-    for (int64_t i = 0; i < padded; ++i) {
-      losers_[i] = i < lost ? keys_[k_ + i].value() : -std::numeric_limits<C>::infinity();
-      if (losers_[i] > best) best = losers_[i];
-    }
-    add_chunk<C, kCompensate>(losers_.get(), padded, best, temperature, rest);
+    for (int64_t i = 0; i < lost; ++i) losers_[i] = keys_[k_ + i].value();
+    std::fill(losers_.get() + lost, losers_.get() + padded, -std::numeric_limits<C>::infinity());
+    const Groups<C> groups{losers_.get(), padded / kGroup<C>};
+    add_groups<C, kCompensate>(groups, maximum<C>(groups), temperature, rest);
     size_ = k_;
     floor_ = keys_[k_ - 1].value();
   }
@@ -110,42 +108,23 @@ int64_t num_maxima_vectors(int64_t valid, int64_t k) {
   return k == 0 || valid < 4 * vectors * kLanes<C> ? 0 : vectors;
 }
 
-template <class C>
-struct Floor {
-  C value;
-  bool poisoned;
-};
-
+// Strictly below the k-th largest logit, or -inf; NaN is left out.
 template <class Scalar, class C>
-Floor<C> find_floor(const Scalar* logits, int64_t valid, int64_t k, int64_t vectors, C* buffer, VecOf<C>* maxima) {
+C find_floor(const Scalar* logits, int64_t valid, int64_t k, int64_t vectors, C* buffer, VecOf<C>* maxima) {
   constexpr C kLowest = -std::numeric_limits<C>::infinity();
   std::fill(maxima, maxima + vectors, splat<C>(kLowest));
-  IntVecOf<C> nan{};
+  int64_t slot = 0;
   for (int64_t start = 0; start < valid; start += kChunk<C>) {
     const int64_t count = std::min(kChunk<C>, valid - start), padded = round_up_to_group<C>(count);
-    const C* chunk = buffer;
-    if constexpr (std::is_same<Scalar, C>::value) chunk = logits + start;
-    if (chunk == buffer || padded != count) {
-      widen(logits + start, count, buffer);
-      chunk = buffer;
-    }
-    int64_t slot = start / kLanes<C>;
+    const C* chunk = chunk_of(logits + start, count, buffer);
     for (int64_t i = 0; i < padded; i += kGroup<C>, slot += 8) {
       VecOf<C>* group = maxima + (slot & (vectors - 1));
-      for (int v = 0; v < 8; ++v) {
-        const VecOf<C> z = load(chunk + i + v * kLanes<C>);
-        group[v] = max<C>(z, group[v]);
-        nan |= (z != z);
-      }
+      for (int v = 0; v < 8; ++v) group[v] = max<C>(load(chunk + i + v * kLanes<C>), group[v]);
     }
   }
-  GroupMax<C> all;
-  all.nan = nan;
-  for (int64_t j = 0; j < vectors; ++j) all.max = max<C>(maxima[j], all.max);
-  if (all.any_nan() || all.reduce() == std::numeric_limits<C>::infinity()) return {kLowest, true};
   C* values = reinterpret_cast<C*>(maxima);
   std::nth_element(values, values + k - 1, values + vectors * kLanes<C>, Greater<C>());
-  return {std::nextafter(values[k - 1], kLowest), false};  // candidates are strictly above it
+  return std::nextafter(values[k - 1], kLowest);  // candidates are strictly above it
 }
 
 template <class Scalar>
@@ -164,53 +143,43 @@ void rows_of(const TopkPartialsParams& p, int64_t begin, int64_t end) {
     const Scalar* logits = row_pointer<Scalar>(p.logits, row);
     const double temperature = temperature_of(p.temperature, row);
     Statistics rest, total;
-
-    Floor<C> floor{kLowest, false};
-    if (vectors > 0) floor = find_floor(logits, valid, p.k, vectors, buffer, maxima.get());
-    total.poisoned = floor.poisoned;
-    candidates.reset(floor.value);
-    for (int64_t start = 0; start < valid && !total.poisoned; start += kChunk<C>) {
+    candidates.reset(vectors > 0 ? find_floor(logits, valid, p.k, vectors, buffer, maxima.get()) : kLowest);
+    for (int64_t start = 0; start < valid && !rest.poisoned; start += kChunk<C>) {
       const int64_t count = std::min(kChunk<C>, valid - start), padded = round_up_to_group<C>(count);
-      widen(logits + start, count, buffer);
-      GroupMax<C> rest_max;
-      for (int64_t i = 0; i < padded; i += kGroup<C>) {
-        GroupMax<C> group;
-        for (int v = 0; v < 8; ++v) group.add(load(buffer + i + v * kLanes<C>));
-        rest_max.nan |= group.nan;
-        if (p.k > 0 && greater_mask(group.max, splat<C>(candidates.floor())) != 0) {
-          GroupMax<C> left;
+      GroupedChunk<C> chunk(chunk_of(logits + start, count, buffer), padded, buffer, logits + start + count,
+                            kGroup<C> * sizeof(Scalar));
+      VecOf<C> rest_max = splat<C>(kLowest);
+      for (int64_t g = 0; g < chunk.count(); ++g) {
+        VecOf<C> group_max = group_maximum<C>(chunk[g], splat<C>(kLowest));
+        if (p.k > 0 && greater_mask(group_max, splat<C>(candidates.floor())) != 0) {
+          C* group = chunk.lift(g);
           for (int v = 0; v < 8; ++v) {
-            C* lanes = buffer + i + v * kLanes<C>;
+            C* lanes = group + v * kLanes<C>;
+            const int64_t column = start + g * kGroup<C> + v * kLanes<C>;
             uint32_t mask = greater_mask(load(lanes), splat<C>(candidates.floor()));
             for (; mask != 0; mask &= mask - 1) {
               const int lane = __builtin_ctz(mask);
-              candidates.template add<kCompensate>(lanes[lane], start + i + v * kLanes<C> + lane, temperature, &rest);
+              candidates.template add<kCompensate>(lanes[lane], column + lane, temperature, &rest);
               lanes[lane] = kLowest;
             }
-            left.add(load(lanes));
           }
-          group.max = left.max;
+          group_max = group_maximum<C>(group, splat<C>(kLowest));
         }
-        rest_max.max = max<C>(group.max, rest_max.max);
+        rest_max = max<C>(group_max, rest_max);
       }
-      const double chunk_max = rest_max.reduce();
-      if (rest_max.any_nan() || chunk_max == kInf) {
-        total.poisoned = true;
-        break;
-      }
-      add_chunk<C, kCompensate>(buffer, padded, chunk_max, temperature, &rest);
+      add_groups<C, kCompensate>(chunk, largest_lane<C>(rest_max), temperature, &rest);
     }
 
     int32_t* packed = p.packed + row * p.packed_words;
     Score score[kNumStats];
     int32_t* ids = packed + p.packed_words - p.k;
     int64_t kept = 0;
-    if (!total.poisoned) {
+    if (!rest.poisoned) {
       candidates.template keep_best<kCompensate>(temperature, &rest);
-      kept = candidates.size();
       total = rest;
       const auto winner = [&](int64_t j) { return candidates[j].value(); };
-      add_logits<C, kCompensate>(kept, winner, temperature, buffer, &total);
+      add_logits<C, kCompensate>(candidates.size(), winner, temperature, buffer, &total);
+      kept = total.poisoned ? 0 : candidates.size();
     }
     write_statistics(total, rest, score);
     for (int64_t j = 0; j < p.k; ++j) {
