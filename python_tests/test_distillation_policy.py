@@ -94,12 +94,14 @@ def test_several_steps_a_rollout_follow_the_current_policy_and_free_scores_after
         config.policy_coefficient = 1.0
         assert fresh.item() == pytest.approx(divergence.item() + term.item(), rel=1e-12)
         clipped.append(add_metrics(metrics).means()["clipped_rows"])
+        scored.require(batch)
         assert scored.nbytes == held and torch.equal(scored.support(batch), frozen)
         optimizer.step()
         assert scored.release(batch) == (held if step == 2 else 0)
     assert clipped[0] == 0 and clipped[2] > 0
-    with pytest.raises(ValueError, match="freed after 3 optimizer step"):
-        scored.support(batch)
+    for read in (scored.support, scored.require):
+        with pytest.raises(ValueError, match="freed after 3 optimizer step"):
+            read(batch)
 
 
 def test_group_advantages_are_standardised_in_each_group():

@@ -151,6 +151,17 @@ class ScoreCache:
                 columns[name] = None
         return TokenScores(indices=indices, log_probs=log_probs, **columns)
 
+    def require(self, batch: RolloutBatch, teachers: Sequence[tuple[str, Sequence[int]]]) -> None:
+        """Raise where a support or a score of these sequences is missing or freed; moves nothing.
+
+        teachers: (name, the sequences that it scored)
+        """
+        samples = batch.sample_ids.tolist()
+        self._require(batch, [self._supports.get(sample) for sample in samples], "a support")
+        for name, sequences in teachers:
+            own = [name if sequence in sequences else None for sequence in range(batch.num_seqs)]
+            self._require(batch, [self._scores.get((name, sample)) for sample in samples], "scores", own)
+
     def dropped(self, batch: RolloutBatch) -> int:
         """Ids that the union cap left out of these sequences' supports."""
         return sum(self._dropped.get(sample, 0) for sample in batch.sample_ids.tolist())

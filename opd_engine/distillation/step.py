@@ -83,6 +83,14 @@ class ScoredRollouts:
         self.teachers.spec(name)
         return self.cache.scores(batch, [name] * batch.num_seqs, device)
 
+    def require(self, batch: RolloutBatch) -> None:
+        """Raise where anything that a loss on this batch reads was never scored, or is freed. Moves nothing.
+
+        For backends whose processes must all learn of it before any of them begins to wait for another.
+        """
+        shares = _shares(batch, self.teachers.route(batch, self.mixture), self.teachers)
+        self.cache.require(batch, list(shares.items()))
+
     def release(self, batch: RolloutBatch) -> int:
         """Call after an optimizer step, with its batch: frees what no later step uses. Returns the bytes freed."""
         return self.cache.release(batch)
@@ -112,8 +120,8 @@ def score_rollouts(
     scored = ScoredRollouts(cache, teachers, config.mixture, student.vocab_size, tuple(config.tasks))
     own = student if isinstance(student, Teacher) else LocalTeacher(student, max_tokens=config.score_batch_tokens)
     both = put_supports(cache, batch, shares, own, teachers, config)
-    for name, sequences in {}.items() if both else shares.items():
-        for micro in scoring_batches(batch.select(sequences), teachers[name], config):
+    for name in teachers.turns(() if both else (name for name, share in shares.items() if share)):
+        for micro in scoring_batches(batch.select(shares[name]), teachers[name], config):
             ids, options = scored.support(micro), {"vocab_size": student.vocab_size, "temperature": config.temperature}
             measured = None
             if config.measure_overlap and config.support == "student":

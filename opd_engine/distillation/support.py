@@ -83,8 +83,8 @@ def _put_unions_with_one(
         own.put_support(micro, scores.indices)
         own.put_scores(STUDENT, micro, scores)
     options = {"vocab_size": student.vocab_size, "temperature": config.temperature}
-    for name, sequences in shares.items():
-        for micro in scoring_batches(batch.select(sequences), teachers[name], config):
+    for name in teachers.turns(name for name, share in shares.items() if share):
+        for micro in scoring_batches(batch.select(shares[name]), teachers[name], config):
             students = own.scores(micro, [STUDENT] * micro.num_seqs)
             target = micro.next_tokens()
             both = teachers.score_union(name, micro, config.k, students, cap=config.union_cap, target=target, **options)
@@ -155,8 +155,8 @@ def _teacher_topk(
     batch: RolloutBatch, shares: dict[str, list[int]], vocab_size: int, teachers: TeacherPool, config: OPDConfig
 ):
     """Yields (teacher, micro-batch, its top-k there), teacher by teacher."""
-    for name, sequences in shares.items():
-        for micro in scoring_batches(batch.select(sequences), teachers[name], config):
+    for name in teachers.turns(name for name, share in shares.items() if share):
+        for micro in scoring_batches(batch.select(shares[name]), teachers[name], config):
             scores = teachers.topk(
                 name,
                 micro,

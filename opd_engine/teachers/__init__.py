@@ -9,6 +9,7 @@ from opd_engine.teachers.pool import TeacherPool
 from opd_engine.teachers.protocols import ModelBackend, ProjectingBackend, Teacher
 from opd_engine.teachers.sentinel import DeadTeacherError, check_alive
 from opd_engine.teachers.spec import TeacherSpec
+from opd_engine.teachers.staging import StagedWeights, inference_only
 from opd_engine.teachers.union import UnionSupport, union_support
 from opd_engine.teachers.vocabularies import check_token_maps, rebucket
 from opd_engine.teachers.weight_store import WeightStore, WrongWeightsError
@@ -18,6 +19,7 @@ __all__ = [
     "LocalTeacher",
     "ModelBackend",
     "ProjectingBackend",
+    "StagedWeights",
     "Teacher",
     "TeacherPool",
     "TeacherSpec",
@@ -27,6 +29,7 @@ __all__ = [
     "check_alive",
     "check_safetensors_folder",
     "check_token_maps",
+    "inference_only",
     "mix_teachers",
     "rebucket",
     "union_support",

@@ -25,13 +25,32 @@ class LocalTeacher:
 
     backend: the model; its `module`, if it has one, is put in eval mode while it scores and left as it was found
     max_tokens: rows of logits at once, [max_tokens, vocab_shard_size]
+    scoring: entered around every pass: what brings this teacher's weights where they are needed and takes them away
+        again, `lambda: weights.active("teacher:math")` or the `on_device` of its StagedWeights. Its whole share is then
+        scored in one pass, and its scores wait on the host.
+    prefetch: called while the teacher before it is scoring, to start bringing the weights
     """
 
-    def __init__(self, backend: ModelBackend, *, max_tokens: int = 8192) -> None:
+    def __init__(
+        self,
+        backend: ModelBackend,
+        *,
+        max_tokens: int = 8192,
+        scoring: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
+        prefetch: Callable[[], None] | None = None,
+    ) -> None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens: wanted at least 1, got {max_tokens}")
         self.backend = backend
         self.max_tokens = max_tokens
+        self.splits_itself = scoring is not None
+        self._scoring = scoring or contextlib.nullcontext
+        self._prefetch = prefetch
+
+    def prefetch(self) -> None:
+        """Start bringing the weights; does not wait."""
+        if self._prefetch is not None:
+            self._prefetch()
 
     @property
     def vocab_size(self) -> int:
@@ -113,14 +132,14 @@ class LocalTeacher:
         """Run the model over micro-batches and put the rows' scores in their places."""
         result: dict[str, Tensor] = {}
         start = 0
-        with torch.no_grad(), scoring_mode(self.backend):
+        with self._scoring(), torch.no_grad(), scoring_mode(self.backend):
             for micro in batch.micro_batches(max_tokens=self.max_tokens):
                 for rows, logits in self._logits(micro):
                     scores = score_rows(logits, rows + start)
                     for name, value in _fields(scores).items():
                         if name not in result:
-                            result[name] = _unscored(name, value, batch.num_tokens)
-                        result[name][(rows + start).to(value.device)] = value
+                            result[name] = _unscored(name, value, batch.num_tokens, on_host=self.splits_itself)
+                        result[name][(rows + start).to(result[name].device)] = value.to(result[name].device)
                     # Free this chunk before the next one is made: two would double the bound.
                     del logits, scores
                 start += micro.num_tokens
@@ -177,7 +196,8 @@ def _fields(scores: TokenScores) -> dict[str, Tensor]:
     return {name: getattr(scores, name) for name in names if getattr(scores, name) is not None}
 
 
-def _unscored(name: str, like: Tensor, num_tokens: int) -> Tensor:
+def _unscored(name: str, like: Tensor, num_tokens: int, *, on_host: bool) -> Tensor:
     """What a row that was not scored holds: no ids, and all mass in the tail, so that it is harmless when masked."""
+    like = like.cpu() if on_host else like
     fill = {"indices": -1, "tail_log_prob": 0.0, "lse": torch.nan, "entropy": torch.nan}.get(name, -torch.inf)
     return like.new_full((num_tokens, *like.shape[1:]), fill)

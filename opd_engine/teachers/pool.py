@@ -73,6 +73,16 @@ class TeacherPool:
             raise ValueError(f"teacher: {name!r} is not known; known: {self._known()}")
         return self._specs[name]
 
+    def turns(self, names: Iterable[str]) -> Iterator[str]:
+        """The names in order; before each, the teacher after it starts to bring its weights, one ahead and no more."""
+        order = list(names)
+        for name, following in zip(order, [*order[1:], None]):
+            for needed in (name, following):
+                prefetch = None if needed is None else getattr(self[needed], "prefetch", None)
+                if prefetch is not None:
+                    prefetch()
+            yield name
+
     def temperature(self, name: str, default: float) -> float:
         """The temperature a teacher scores at: its own, or the student's."""
         own = self.spec(name).temperature
