@@ -116,7 +116,7 @@ def _rotate(x: Tensor) -> Tensor:
 class Loss:
     """What the reference computes of a batch.
 
-    support: "student" or "union" (the student's top-k and that of every teacher of the sample)
+    support: whose top-k: "student", "teacher" (every teacher of the sample) or "union" (all of them)
     mixture: "route" or "arithmetic"
     state_cap: cut of the visited-state weight, or None
     """
@@ -145,7 +145,9 @@ def frozen_parts(
     sample: Sample, student: Tensor, teachers: dict[str, Tensor], loss: Loss
 ) -> tuple[Tensor, list[Tensor]]:
     """(membership of the support [length, vocab] bool, each teacher's log-probs [length, vocab]), before any step."""
-    lists = [student] if loss.support == "student" else [student, *(teachers[name] for name in sample.teachers)]
+    lists = [student] if loss.support in ("student", "union") else []
+    if loss.support in ("teacher", "union"):
+        lists += [teachers[name] for name in sample.teachers]
     inside = torch.zeros_like(student, dtype=torch.bool)
     for logits in lists:
         inside.scatter_(1, logits.topk(loss.k, dim=1).indices, True)

@@ -94,14 +94,26 @@ class Job:
         options = {"sequence_parallel": self.layout.sequence_parallel, **options}
         return models.build(shape, weights, self.groups, context=context, **options)
 
-    def actor(self, loss: Loss, *, kind=None, tied: bool = True, steps: int = 1, per_token=True, context="", **layout):
+    def actor(
+        self,
+        loss: Loss,
+        *,
+        kind=None,
+        tied: bool = True,
+        steps: int = 1,
+        context: str | None = "",
+        workspace_bytes: int | None = None,
+        model_options: dict | None = None,
+        **layout,
+    ):
         """A MegatronActor (or a `kind` of it) on a fresh model with the reference's weights."""
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
         from opd_engine.integrations.megatron import MegatronActor
 
         shape = dataclasses.replace(self.shape, tied=tied)
-        model = self.build(shape, dense.make_weights(shape, 7), context, calculate_per_token_loss=per_token)
+        model_options = {"calculate_per_token_loss": True, **(model_options or {})}
+        model = self.build(shape, dense.make_weights(shape, 7), context, **model_options)
         spread = self.layout.distributed_optimizer
         ddp = models.data_parallel(model, use_distributed_optimizer=spread)
         options = OptimizerConfig(
@@ -130,6 +142,7 @@ class Job:
             config,
             vocab_size=61,
             layout=dataclasses.replace(self.batch_layout, **layout),
+            workspace_bytes=workspace_bytes,
         )
 
     def reference(self, loss: Loss, tied: bool = True, samples: list[Sample] | None = None) -> Reference:
@@ -186,20 +199,21 @@ def scores(job: Job) -> dict[str, float]:
     actor = job.actor(ROUTED)
     batch, samples = job.share(job.samples), job.samples[job.groups.dp.rank() :: job.layout.dp]
     scored = actor.score_rollouts(batch, job.teachers)
+    following = actor.student.next_token_logits(batch)  # the same on every rank, so checked on every stage
+    last = torch.stack([dense_logits(job, sample)[-1] for sample in samples])
+    relative = _gap(following, last) / float(last.abs().max())
+    worst = {"teacher": 0.0, "student": 0.0, "tail": 0.0, "next token logits": relative}
     if not job.groups.is_last_stage:
-        return {"teacher": 0.0, "student": 0.0, "tail": 0.0}
+        return worst
     ids = scored.support(batch)
     own = actor.student.topk(batch, ROUTED.k) if job.layout.pp == 1 else None
-    worst = {"teacher": 0.0, "student": 0.0, "tail": 0.0}
     bounds = batch.cu_seqlens.tolist()
-    shape = job.shape
-    student = dense.double_leaves(dense.make_weights(shape, 7))
     for sample, start_row, end in zip(samples, bounds, bounds[1:]):
         rows, mask = slice(start_row, end), sample.mask
         weights = dense.double_leaves(job.teacher_weights[sample.teachers[0]])
         with torch.no_grad():
             teacher = dense.forward(weights, job.teacher_shape, sample.tokens).log_softmax(1)
-            truth = dense.forward(student, shape, sample.tokens).log_softmax(1)
+        truth = dense_logits(job, sample).log_softmax(1)
         if not mask.any():
             continue
         one = batch.select([samples.index(sample)])
@@ -215,6 +229,11 @@ def scores(job: Job) -> dict[str, float]:
     return worst
 
 
+def dense_logits(job: Job, sample: Sample) -> Tensor:
+    with torch.no_grad():
+        return dense.forward(dense.double_leaves(dense.make_weights(job.shape, 7)), job.shape, sample.tokens)
+
+
 def _gap(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).abs().max())
 
@@ -226,7 +245,7 @@ def routed(job: Job) -> dict[str, float]:
 
 def averaged(job: Job) -> dict[str, float]:
     """calculate_per_token_loss off: Megatron divides by micro-batches and ranks instead of tokens."""
-    actor = job.actor(ROUTED, per_token=False)
+    actor = job.actor(ROUTED, model_options={"calculate_per_token_loss": False})
     loss, gradient = job.errors(actor, job.samples, job.reference(ROUTED).gradients())
     return {"loss": loss, "gradient": gradient}
 
@@ -251,6 +270,31 @@ def splits(job: Job) -> dict[str, float]:
     if job.layout.cp == 1:
         ways["padded, Megatron's own attention"] = {"packed": False, "context": None}
     return {name: job.errors(job.actor(ROUTED, **way), job.samples, truth)[1] for name, way in ways.items()}
+
+
+def supports(job: Job) -> dict[str, float]:
+    """Supports that teachers choose: their own top-k, and its union with the student's from one forward of the teacher.
+
+    With activations computed again in the backward, which calls everything but the loss twice.
+    """
+    again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    found = {}
+    for support in ("teacher", "union"):
+        loss = Loss("forward_kl", support, k=5)
+        actor = job.actor(loss, model_options=again)
+        found[support] = job.errors(actor, job.samples, job.reference(loss).gradients())[1]
+    return found
+
+
+def chunked_head(job: Job) -> dict[str, float]:
+    """The LM head a few rows at a time, its logits computed again in the backward; tied, then not."""
+    few = 3 * 4 * job.layout.padded_vocab_size // job.layout.tp
+    found = {}
+    for name, loss, tied in (("tied", ROUTED, True), ("untied", MIXED, False)):
+        actor = job.actor(loss, tied=tied, workspace_bytes=few)
+        truth = job.reference(loss, tied=tied).gradients()
+        found[name] = job.errors(actor, with_teachers(job.samples, loss), truth)[1]
+    return found
 
 
 def no_loss_token(job: Job) -> dict[str, float]:

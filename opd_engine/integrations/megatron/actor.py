@@ -25,7 +25,6 @@ from opd_engine.distillation.step import (
     score_rollouts,
     target_of_loss,
 )
-from opd_engine.functional.scores import gather_log_probs
 from opd_engine.integrations.megatron.batches import BatchLayout, MicroInput
 from opd_engine.integrations.megatron.context_parallel import own_rows, whole_scores
 from opd_engine.integrations.megatron.groups import MegatronGroups
@@ -78,6 +77,7 @@ class MegatronActor:
         layout: BatchLayout | None = None,
         token_map: Mapping[str, int] | None = None,
         output_layer: torch.nn.Module | None = None,
+        workspace_bytes: int | None = None,
         scheduler: Any | None = None,
         guard: Callable[[], None] | None = None,
     ) -> None:
@@ -91,6 +91,7 @@ class MegatronActor:
             layout=layout,
             token_map=token_map,
             output_layer=output_layer,
+            workspace_bytes=workspace_bytes,
         )
         self.groups = self.student.groups
         self.walk = self.student.walk
@@ -142,7 +143,7 @@ class MegatronActor:
 
         def loss_of(micro: MicroInput, hidden: Tensor) -> tuple[Tensor, Tensor, MetricSums]:
             if idle:
-                loss, metrics = self._no_loss(micro, hidden), MetricSums.of({}, scored.teachers.names, hidden.device)
+                loss, metrics = self._no_loss(micro, hidden), MetricSums.of({}, scored.metric_groups, hidden.device)
             else:
                 loss, metrics = self._loss(micro, hidden, scored, denominators)
             # The loss is already this micro-batch's part of the global mean, and equal on context-parallel ranks;
@@ -171,17 +172,14 @@ class MegatronActor:
         self, micro: MicroInput, hidden: Tensor, scored: ScoredRollouts, denominators: Denominators
     ) -> tuple[Tensor, MetricSums]:
         batch, config, groups = micro.batch, self.config, self.groups
-        logits = self.walk.head.logits(hidden, micro.output_rows)
-        device = logits.device
+        device = hidden.device
         rows = own_rows(micro, groups, device)
         indices = scored.support(batch, device)
         target = target_of_loss(batch, config, denominators, device)
-        own = gather_log_probs(
-            logits,
+        own = self.walk.head.rows(hidden, micro.output_rows).gather(
             take_rows(indices, rows, fill=-1),
             target=None if target is None else take_rows(target, rows, fill=-1),
             temperature=config.temperature,
-            shard=self.student.shard,
             inplace_backward=config.inplace_backward,
         )
         whole = whole_scores(own, micro, groups, indices)
@@ -195,7 +193,7 @@ class MegatronActor:
     def _everywhere(self, parts: list[MetricSums], scored: ScoredRollouts) -> MetricSums:
         """Summed over micro-batches and data-parallel ranks, brought from the last stage to all."""
         groups = self.groups
-        nothing = MetricSums.of({}, scored.teachers.names, self.walk.device)
+        nothing = MetricSums.of({}, scored.metric_groups, self.walk.device)
         total = add_metrics([nothing, *parts])
         values = all_reduce_sum_(total.values.clone(), groups.dp if groups.dp.size() > 1 else None)
         broadcast_(values, groups.pp if groups.pp_size > 1 else None, source=groups.pp_size - 1)

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from opd_engine.functional.linear_scores import linear_gather_log_probs, linear_topk_log_probs
+from opd_engine.functional.scores import gather_log_probs, topk_log_probs
+from opd_engine.functional.token_scores import TokenScores
 from opd_engine.parallel.collectives import all_gather_replicated
 from opd_engine.parallel.vocab import VocabShard
 
@@ -28,12 +32,48 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+@dataclass(frozen=True)
+class LogitRows:
+    """Wanted rows as logits. logits: [n, vocab_shard_size], in the model's dtype."""
+
+    logits: Tensor
+    shard: VocabShard
+
+    def topk(self, k: int, **options) -> TokenScores:
+        return topk_log_probs(self.logits, k, shard=self.shard, **options)
+
+    def gather(self, indices: Tensor, *, inplace_backward: bool = False, **options) -> TokenScores:
+        return gather_log_probs(self.logits, indices, shard=self.shard, inplace_backward=inplace_backward, **options)
+
+
+@dataclass(frozen=True)
+class HiddenRows:
+    """Wanted rows as hidden states [n, hidden_size], whose logits exist a chunk at a time, in the backward again."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    shard: VocabShard
+    workspace_bytes: int
+
+    def topk(self, k: int, **options) -> TokenScores:
+        return linear_topk_log_probs(self.hidden, self.weight, k, **self._options(), **options)
+
+    def gather(self, indices: Tensor, *, inplace_backward: bool = False, **options) -> TokenScores:
+        """inplace_backward: has no meaning here, the gradient of the logits always overwrites them."""
+        return linear_gather_log_probs(self.hidden, self.weight, indices, **self._options(), **options)
+
+    def _options(self) -> dict:
+        return {"bias": self.bias, "shard": self.shard, "workspace_bytes": self.workspace_bytes}
+
+
 class OutputHead:
-    """Hidden states of the last stage -> logits of some rows.
+    """Hidden states of the last stage -> what gives scores of some rows.
 
     language_model: the unwrapped model; with `share_embeddings_and_output_weights` its embedding is the weight
-    output_layer: a ColumnParallelLinear or the like; default `language_model.output_layer`
     vocab_size: real vocabulary; what the layer has beyond it is padding
+    output_layer: a ColumnParallelLinear or the like; default `language_model.output_layer`
+    workspace_bytes: of logits at a time; None: the layer itself makes the logits of all wanted rows
     """
 
     def __init__(
@@ -42,10 +82,12 @@ class OutputHead:
         groups: MegatronGroups,
         vocab_size: int,
         output_layer: torch.nn.Module | None = None,
+        workspace_bytes: int | None = None,
     ) -> None:
         self.language_model = language_model
         self.groups = groups
         self.output_layer = language_model.output_layer if output_layer is None else output_layer
+        self.workspace_bytes = workspace_bytes
         width = self._weight().shape[0]
         padded = width * groups.tp_size
         if not 1 <= vocab_size <= padded:
@@ -65,24 +107,38 @@ class OutputHead:
         tied = self._tied_weight()
         return self.output_layer.weight if tied is None else tied
 
-    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Logits of the wanted rows.
+    def rows(self, hidden: Tensor, rows: Tensor) -> LogitRows | HiddenRows:
+        """The wanted rows, ready to be scored.
 
         hidden: [local length, sequences, hidden_size], split over the tensor-parallel ranks on dim 0 under sequence
             parallel; rows: [n] int64 of the whole, flattened
 
-        Returns: [n, vocab_shard_size], in the model's dtype.
-        Communicates: backward, the layer's own all-reduce of the n rows' hidden gradient; under sequence parallel also
-            one all-gather of the hidden states, forward.
+        Communicates: backward, one all-reduce of the n rows' hidden gradient; under sequence parallel also one
+            all-gather of the hidden states, forward.
         """
-        split = bool(getattr(self.output_layer, "sequence_parallel", False))
+        split = self._splits_sequence
         if split:
             # Rows are chosen from the whole sequence, so the gather stands before the layer instead of inside it. The
-            # layer then sums the chosen rows' gradient over the ranks by itself, and each takes its part of that.
+            # chosen rows' gradient is then summed over the ranks, and each takes its part of that.
             hidden = all_gather_replicated(hidden, self.groups.tp).flatten(0, 1)
-        chosen = hidden.flatten(0, 1).index_select(0, rows).unsqueeze(1)
-        with _whole_input(self.output_layer, split):
-            logits, _ = self.output_layer(chosen, weight=self._tied_weight(), runtime_gather_output=False)
+        chosen = hidden.flatten(0, 1).index_select(0, rows)
+        if self.workspace_bytes is not None:
+            bias = getattr(self.output_layer, "bias", None)
+            return HiddenRows(chosen, self._weight(), bias, self.shard, self.workspace_bytes)
+        return LogitRows(self._project(chosen), self.shard)
+
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Logits [n, vocab_shard_size] of the wanted rows; otherwise as `rows`."""
+        at_head = self.rows(hidden, rows)
+        return at_head.logits if isinstance(at_head, LogitRows) else self._project(at_head.hidden)
+
+    @property
+    def _splits_sequence(self) -> bool:
+        return bool(getattr(self.output_layer, "sequence_parallel", False))
+
+    def _project(self, chosen: Tensor) -> Tensor:
+        with _whole_input(self.output_layer, self._splits_sequence):
+            logits, _ = self.output_layer(chosen.unsqueeze(1), weight=self._tied_weight(), runtime_gather_output=False)
         return logits.squeeze(1)
 
 

@@ -39,6 +39,7 @@ class StageWalk:
         groups: MegatronGroups,
         layout: BatchLayout,
         output_layer: torch.nn.Module | None = None,
+        workspace_bytes: int | None = None,
     ) -> None:
         self.model = check_model(model, groups, layout)
         self.language_model = unwrapped(self.model)
@@ -47,7 +48,7 @@ class StageWalk:
         self.vocab_size = vocab_size
         self.head: OutputHead | None = None
         if groups.is_last_stage:
-            self.head = OutputHead(self.language_model, groups, vocab_size, output_layer)
+            self.head = OutputHead(self.language_model, groups, vocab_size, output_layer, workspace_bytes)
         self._plain_output = {"fp32_output": False} if _up_casts(self.model) else {}
 
     @property

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from opd_engine.distillation.rollout import RolloutBatch
-from opd_engine.functional.scores import gather_log_probs, topk_log_probs
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.integrations.megatron.batches import BatchLayout, MicroInput
 from opd_engine.integrations.megatron.context_parallel import own_rows, wanted_rows, whole_scores
 from opd_engine.integrations.megatron.groups import MegatronGroups
+from opd_engine.integrations.megatron.head import HiddenRows, LogitRows
 from opd_engine.integrations.megatron.schedule import StageWalk
 from opd_engine.parallel.collectives import all_gather_stacked, broadcast_
 from opd_engine.parallel.sequences import take_rows
@@ -26,8 +26,8 @@ from opd_engine.parallel.vocab import VocabShard
 from opd_engine.teachers.local import scoring_mode
 from opd_engine.teachers.protocols import ChooseIds
 
-_ScoreMicro = Callable[[MicroInput, Tensor, slice], TokenScores]
-"""(micro-batch, logits of the rows this rank scores, where the micro-batch lies in the batch) -> its whole scores."""
+_ScoreMicro = Callable[[MicroInput, LogitRows | HiddenRows, slice], TokenScores]
+"""(micro-batch, the rows this rank scores, where the micro-batch lies in the batch) -> its whole scores."""
 
 
 class MegatronScorer:
@@ -39,6 +39,7 @@ class MegatronScorer:
     groups: default those of megatron.core.parallel_state
     token_map: token -> id, to compare with others; None where there is no tokenizer
     output_layer: default the language model's own
+    workspace_bytes: of logits that exist at a time, computed in chunks; None: those of all rows that count
     scoring: entered around every pass, on every rank: where weights are switched or brought to the device
     keep_eval: leave the model in eval mode instead of as it was found (a teacher that is never trained)
 
@@ -56,12 +57,13 @@ class MegatronScorer:
         layout: BatchLayout | None = None,
         token_map: Mapping[str, int] | None = None,
         output_layer: torch.nn.Module | None = None,
+        workspace_bytes: int | None = None,
         scoring: Callable[[], AbstractContextManager] | None = None,
         keep_eval: bool = False,
     ) -> None:
         self.groups = MegatronGroups.from_parallel_state() if groups is None else groups
         self.layout = BatchLayout() if layout is None else layout
-        self.walk = StageWalk(model, vocab_size, self.groups, self.layout, output_layer)
+        self.walk = StageWalk(model, vocab_size, self.groups, self.layout, output_layer, workspace_bytes)
         self.vocab_size = vocab_size
         self.keep_eval = keep_eval
         self._scoring = contextlib.nullcontext if scoring is None else scoring
@@ -96,8 +98,8 @@ class MegatronScorer:
         if indices.dim() != 2 or indices.shape[0] != batch.num_tokens:
             raise ValueError(f"indices: wanted [num_tokens={batch.num_tokens}, k], got {list(indices.shape)}")
 
-        def score_micro(micro: MicroInput, logits: Tensor, place: slice) -> TokenScores:
-            return self._gathered(micro, logits, indices[place], target, place, temperature)
+        def score_micro(micro: MicroInput, at_head: LogitRows | HiddenRows, place: slice) -> TokenScores:
+            return self._gathered(micro, at_head, indices[place], target, place, temperature)
 
         return self._scored(batch, indices.shape[1], score_micro, indices, target is not None)
 
@@ -106,8 +108,8 @@ class MegatronScorer:
     ) -> TokenScores:
         """The model's own top-k; otherwise as `score`."""
 
-        def score_micro(micro: MicroInput, logits: Tensor, place: slice) -> TokenScores:
-            return self._own_topk(micro, logits, k, target, place, temperature)
+        def score_micro(micro: MicroInput, at_head: LogitRows | HiddenRows, place: slice) -> TokenScores:
+            return self._own_topk(micro, at_head, k, target, place, temperature)
 
         return self._scored(batch, k, score_micro, None, target is not None)
 
@@ -132,14 +134,14 @@ class MegatronScorer:
             return placeholder(batch, ids.shape[1], ids, target is not None)
         made: list[Tensor] = []
 
-        def score_micro(micro: MicroInput, logits: Tensor, place: slice) -> TokenScores:
-            own = self._own_topk(micro, logits, k, None, place, temperature)
+        def score_micro(micro: MicroInput, at_head: LogitRows | HiddenRows, place: slice) -> TokenScores:
+            own = self._own_topk(micro, at_head, k, None, place, temperature)
             here = micro.batch.loss_mask.nonzero().flatten()
-            chosen = choose(own.select(here.to(logits.device)), here + place.start)
+            chosen = choose(own.select(here.to(own.indices.device)), here + place.start)
             ids = chosen.new_full((micro.batch.num_tokens, chosen.shape[1]), -1)
             ids[here.to(ids.device)] = chosen
             made.append(ids)
-            return self._gathered(micro, logits, ids, target, place, temperature)
+            return self._gathered(micro, at_head, ids, target, place, temperature)
 
         return self._scored(batch, k, score_micro, None, target is not None)
 
@@ -169,37 +171,35 @@ class MegatronScorer:
     def _gathered(
         self,
         micro: MicroInput,
-        logits: Tensor,
+        at_head: LogitRows | HiddenRows,
         indices: Tensor,
         target: Tensor | None,
         place: slice,
         temperature: float,
     ) -> TokenScores:
-        device = logits.device
+        device = self.walk.device
         rows = own_rows(micro, self.groups, device)
         indices = indices.to(device)
-        scores = gather_log_probs(
-            logits,
+        scores = at_head.gather(
             take_rows(indices, rows, fill=-1),
             target=None if target is None else take_rows(target[place].to(device), rows, fill=-1),
             temperature=temperature,
-            shard=self.shard,
         )
         return whole_scores(scores, micro, self.groups, indices)
 
     def _own_topk(
-        self, micro: MicroInput, logits: Tensor, k: int, target: Tensor | None, place: slice, temperature: float
+        self,
+        micro: MicroInput,
+        at_head: LogitRows | HiddenRows,
+        k: int,
+        target: Tensor | None,
+        place: slice,
+        temperature: float,
     ) -> TokenScores:
-        device = logits.device
+        device = self.walk.device
         rows = own_rows(micro, self.groups, device)
-        scores = topk_log_probs(
-            logits,
-            k,
-            target=None if target is None else take_rows(target[place].to(device), rows, fill=-1),
-            temperature=temperature,
-            shard=self.shard,
-        )
-        return whole_scores(scores, micro, self.groups)
+        target = None if target is None else take_rows(target[place].to(device), rows, fill=-1)
+        return whole_scores(at_head.topk(k, target=target, temperature=temperature), micro, self.groups)
 
     def _scored(
         self,
@@ -217,8 +217,8 @@ class MegatronScorer:
         places = {id(micro): slice(end - micro.batch.num_tokens, end) for micro, end in zip(inputs, ends)}
 
         def on_last_stage(micro: MicroInput, hidden: Tensor) -> TokenScores:
-            logits = self.walk.head.logits(hidden, micro.output_rows)
-            return score_micro(micro, logits, places[id(micro)]).to("cpu")
+            at_head = self.walk.head.rows(hidden, micro.output_rows)
+            return score_micro(micro, at_head, places[id(micro)]).to("cpu")
 
         with scoring_mode(self), self._scoring():
             parts = self.walk.forward(inputs, on_last_stage)
