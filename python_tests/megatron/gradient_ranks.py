@@ -104,6 +104,7 @@ class Job:
         context: str | None = "",
         workspace_bytes: int | None = None,
         model_options: dict | None = None,
+        overlapped: bool = False,
         **layout,
     ):
         """A MegatronActor (or a `kind` of it) on a fresh model with the reference's weights."""
@@ -115,7 +116,7 @@ class Job:
         model_options = {"calculate_per_token_loss": True, **(model_options or {})}
         model = self.build(shape, dense.make_weights(shape, 7), context, **model_options)
         spread = self.layout.distributed_optimizer
-        ddp = models.data_parallel(model, use_distributed_optimizer=spread)
+        ddp = models.data_parallel(model, use_distributed_optimizer=spread, overlap_grad_reduce=overlapped)
         options = OptimizerConfig(
             optimizer="adam",
             lr=LR,
@@ -266,6 +267,7 @@ def splits(job: Job) -> dict[str, float]:
         "one sequence each": {"max_seqs": 1},
         "padded": {"packed": False, "max_seqs": 3},
         "rows padded to 8": {"pad_to": 8},
+        "gradients reduced during the backward": {"overlapped": True},
     }
     if job.layout.cp == 1:
         ways["padded, Megatron's own attention"] = {"packed": False, "context": None}

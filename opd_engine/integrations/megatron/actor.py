@@ -63,7 +63,8 @@ class MegatronActor:
     The rest is as in MegatronScorer.
 
     Raises: ValueError for options of Megatron that are not supported, by name, and for a config that cannot distil.
-    Mutates: config.grad_scale_func and config.finalize_model_grads_func of the model, where they are unset.
+    Mutates: of the model's config, where unset: finalize_model_grads_func, grad_scale_func, and, where gradients are
+        reduced during the backward, no_sync_func.
     """
 
     def __init__(
@@ -103,6 +104,8 @@ class MegatronActor:
             model_config.finalize_model_grads_func = finalize_model_grads
         if model_config.grad_scale_func is None:
             model_config.grad_scale_func = optimizer.scale_loss
+        if self.walk.model.ddp_config.overlap_grad_reduce and model_config.no_sync_func is None:
+            model_config.no_sync_func = self.walk.model.no_sync
 
     def score_rollouts(self, batch: RolloutBatch, teachers: TeacherPool) -> ScoredRollouts:
         """The old policy's support where the config needs it, then every teacher's scores.
@@ -135,6 +138,7 @@ class MegatronActor:
         Mutates: the gradient buffers, which it clears first.
         """
         self._begin(batch)
+        scored.require(batch)  # on every stage: only the last would notice, and the others would wait for it
         denominators = Denominators.of(batch, self.config, self._stack_over_data_parallel)
         walk, groups = self.walk, self.groups
         idle = batch.num_seqs == 0  # this rank then walks one token that counts nowhere, so that nobody waits for it

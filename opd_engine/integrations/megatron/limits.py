@@ -82,6 +82,11 @@ def check_trainable(model: torch.nn.Module, groups: MegatronGroups) -> None:
         )
     if getattr(ddp_config, "use_megatron_fsdp", False):
         raise ValueError("use_megatron_fsdp=True: Megatron FSDP is not supported")
+    if getattr(ddp_config, "overlap_param_gather", False):
+        raise ValueError(
+            "overlap_param_gather=True: not supported, weights would be read (scored, published, switched) before "
+            "they are gathered"
+        )
     ranks = groups.dp_cp.size()
     if ranks == 1 or ddp_config.average_in_collective:
         return

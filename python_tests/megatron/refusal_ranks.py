@@ -1,0 +1,183 @@
+"""What every rank runs for test_refusals.py: what is refused, with its message, and what scoring leaves as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from megatron import dense, models
+from megatron.dense import Loss
+from megatron.gradient_ranks import ROUTED, Job, as_batch, start
+from megatron.layouts import LAYOUTS
+
+OPTIONS = {
+    "virtual_pipeline_model_parallel_size": 2,
+    "num_moe_experts": 4,
+    "mtp_num_layers": 1,
+    "defer_embedding_wgrad_compute": True,
+    "overlap_moe_expert_parallel_comm": True,
+    "hybrid_context_parallel": True,
+}
+
+
+def message(action: Callable) -> str:
+    """The ValueError's text, or what came instead."""
+    try:
+        action()
+    except ValueError as problem:
+        return str(problem)
+    return "nothing was refused"
+
+
+def everything(layout: str) -> dict[str, object]:
+    job = start(LAYOUTS[layout])
+    return {
+        "options": refused_options(job),
+        "launch": refused_at_launch(job),
+        "step": refused_at_a_step(job),
+        "modes": training_modes(job),
+        "student_passes": student_passes(job),
+        "bf16": in_bf16(job),
+    }
+
+
+def refused_options(job: Job) -> dict[str, str]:
+    """Each option alone, on a model that is fine otherwise."""
+    actor = job.actor(ROUTED)
+    model, optimizer, config = actor.walk.model, actor.optimizer, actor.walk.config
+    found = {}
+    for option, value in OPTIONS.items():
+        before = getattr(config, option)
+        setattr(config, option, value)
+        found[option] = message(lambda: type(actor)(model, optimizer, actor.config, vocab_size=61))
+        setattr(config, option, before)
+    type(actor)(model, optimizer, actor.config, vocab_size=61)
+    return found
+
+
+def refused_at_launch(job: Job) -> dict[str, str]:
+    actor = job.actor(ROUTED)
+    kind, model, optimizer, config = type(actor), actor.walk.model, actor.optimizer, actor.config
+    per_token = actor.walk.config
+
+    def make(model=model, config=config, vocab_size=61, **options):
+        return lambda: kind(model, optimizer, config, vocab_size=vocab_size, **options)
+
+    found = {
+        "two chunks": message(make([model, model])),
+        "no language model": message(make(torch.nn.Linear(2, 2))),
+        "without DDP": message(make(model.module)),
+        "cannot distil": message(make(config=dataclasses.replace(config, tail="truncate"))),
+        "other sizes": message(make(groups=dataclasses.replace(job.groups, tp=job.groups.pp, pp=job.groups.tp))),
+    }
+    model.ddp_config.overlap_param_gather = True
+    found["late weights"] = message(make())
+    model.ddp_config.overlap_param_gather = False
+    if job.groups.is_last_stage:
+        found["vocabulary too large"] = message(make(vocab_size=job.layout.padded_vocab_size + 1))
+    if job.groups.dp_cp.size() > 1:
+        per_token.calculate_per_token_loss = False
+        found["per-token changed"] = message(make())
+    return found
+
+
+def refused_at_a_step(job: Job) -> dict[str, str]:
+    actor = job.actor(ROUTED)
+    batch = job.share(job.samples)
+    scored = actor.score_rollouts(batch, job.teachers)
+    actor.train_step(batch, scored)
+    found = {"freed": message(lambda: actor.train_step(batch, scored))}
+    rank = torch.distributed.get_rank()
+    other = as_batch(job.samples[rank : rank + 3])
+    found["other batch"] = message(lambda: actor.score_rollouts(other, job.teachers))
+
+    def guard():
+        raise ValueError("the active weights are not the student's")
+
+    actor._guard = guard
+    found["guard while scoring"] = message(lambda: actor.score_rollouts(batch, job.teachers))
+    found["guard while training"] = message(lambda: actor.train_step(batch, scored))
+    found["guard before the update"] = message(actor.apply)
+    return found
+
+
+def training_modes(job: Job) -> dict[str, bool]:
+    """Scoring is done in eval mode and leaves every submodule's own mode; a teacher that keeps eval stays there."""
+    actor = job.actor(ROUTED)
+    module = actor.student.module
+    frozen = next(iter(module.decoder.layers))
+    frozen.eval()
+    before = [part.training for part in module.modules()]
+    during = []
+    hook = frozen.register_forward_pre_hook(lambda *args: during.append(any(m.training for m in module.modules())))
+    actor.score_rollouts(job.share(job.samples), job.teachers)
+    hook.remove()
+    teachers = [job.teachers[name].module for name in job.teachers.names]
+    return {
+        "restored": before == [part.training for part in module.modules()],
+        "eval while scoring": bool(during) and not any(during),
+        "teachers stay in eval": not any(part.training for teacher in teachers for part in teacher.modules()),
+        "teachers have no gradients": all(p.grad is None for teacher in teachers for p in teacher.parameters()),
+    }
+
+
+def student_passes(job: Job) -> dict[str, int]:
+    """Passes of the old policy: only where its top-k is part of the support."""
+    found = {}
+    for support in ("student", "union", "teacher", "rollout"):
+        actor = job.actor(ROUTED)
+        actor.config = dataclasses.replace(actor.config, support=support)
+        walk, passes = actor.walk.forward, []
+
+        def counted(*args, walk=walk, passes=passes):
+            passes.append(1)
+            return walk(*args)
+
+        actor.walk.forward = counted
+        actor.score_rollouts(job.share(job.samples), job.teachers)
+        found[support] = len(passes)
+    return found
+
+
+def in_bf16(job: Job) -> dict[str, object]:
+    """A bf16 student inside Float16Module, which would up-cast its logits: they stay bf16, gradients are as good."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.module import Float16Module
+
+    from opd_engine.distillation import OPDConfig
+    from opd_engine.integrations.megatron import MegatronActor
+
+    loss = Loss("forward_kl", "teacher", k=8)
+    weights = {name: w.bfloat16().float() for name, w in dense.make_weights(job.shape, 7).items()}
+    low = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+    model = job.build(job.shape, weights, calculate_per_token_loss=True, **low)
+    ddp = models.data_parallel(Float16Module(model.config, model))
+    config = OPDConfig(divergence=loss.divergence, support=loss.support, k=loss.k)
+    options = OptimizerConfig(optimizer="adam", lr=0.1, bf16=True, clip_grad=0.0)
+    actor = MegatronActor(ddp, get_megatron_optimizer(options, [ddp]), config, vocab_size=61, layout=job.batch_layout)
+    seen = []
+    if job.groups.is_last_stage:
+        project = actor.walk.head._project
+
+        def noted(chosen):
+            logits = project(chosen)
+            seen.append((str(logits.dtype), logits.shape[0]))
+            return logits
+
+        actor.walk.head._project = noted
+    reference = dense.Reference(
+        job.shape, weights, job.teacher_shape, job.teacher_weights, job.samples, loss
+    ).gradients()
+    batch = job.share(job.samples)
+    actor.accumulate(batch, actor.score_rollouts(batch, job.teachers))
+    own = {name.removeprefix("module."): p.main_grad.clone() for name, p in ddp.module.named_parameters()}
+    own = {models.whole_name(model, name): gradient for name, gradient in own.items()}
+    wanted = int(batch.loss_mask.sum())
+    return {
+        "error": job.distance(own, reference[1]),
+        "dtypes": sorted({dtype for dtype, _ in seen}),
+        "projected": sum(rows for _, rows in seen),
+        "wanted": wanted,
+    }

@@ -1,0 +1,96 @@
+"""What Megatron's home does not take is refused by name, on every rank; scoring leaves no trace in the models."""
+
+import functools
+import importlib.util
+
+import pytest
+
+from megatron.layouts import LAYOUTS
+from ranks import run_ranks
+
+missing = importlib.util.find_spec("megatron.core") is None
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.slow,
+    pytest.mark.skipif(missing, reason="megatron-core is not installed (the [megatron] extra)"),
+]
+HERE = ("tp2", "pp2", "dp2 distributed optimizer")
+
+
+@functools.cache
+def found(layout: str) -> list[dict]:
+    try:
+        return run_ranks("megatron.refusal_ranks", "everything", LAYOUTS[layout].ranks, timeout=240, layout=layout)
+    except Exception as problem:
+        return [{"failed": str(problem)}]
+
+
+@pytest.fixture(params=HERE)
+def ranks(request):
+    result = found(request.param)
+    assert "failed" not in result[0], result[0]["failed"]
+    return result
+
+
+def test_options_are_refused_by_name(ranks):
+    for rank in ranks:
+        assert len(rank["options"]) == 6
+        for option, text in rank["options"].items():
+            assert text.startswith(f"{option}="), text
+            assert "not supported" in text
+
+
+LAUNCH = {
+    "two chunks": "wanted one chunk a rank, got 2",
+    "no language model": "wanted a Megatron language model",
+    "without DDP": "wanted megatron.core.distributed.DistributedDataParallel, got GPTModel",
+    "cannot distil": "tail 'truncate'",
+    "other sizes": "groups: wanted",
+    "late weights": "overlap_param_gather=True: not supported",
+    "vocabulary too large": "vocab_size: wanted the real vocabulary, at most the output layer's 64",
+    "per-token changed": "calculate_per_token_loss=False: the DistributedDataParallel was built with True",
+}
+
+
+def test_what_cannot_work_is_refused_at_launch(ranks):
+    together = {}
+    for rank in ranks:
+        together |= rank["launch"]
+    for name, text in together.items():
+        if name == "other sizes" and "groups" not in text:
+            continue  # a data-parallel layout has the same sizes either way
+        assert LAUNCH[name] in text, (name, text)
+    assert len(together) >= 5
+
+
+def test_a_step_is_refused_on_every_rank_alike(ranks):
+    for rank in ranks:
+        assert "freed after 1 optimizer step(s)" in rank["step"]["freed"]
+        for name in ("guard while scoring", "guard while training", "guard before the update"):
+            assert rank["step"][name] == "the active weights are not the student's"
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_ranks_with_different_batches_are_refused(layout):
+    for rank in found(layout):
+        assert f"batch: wanted the same on every {layout[:2]} rank" in rank["step"]["other batch"]
+
+
+def test_scoring_leaves_modes_and_gradients_alone(ranks):
+    for rank in ranks:
+        assert rank["modes"] and all(rank["modes"].values()), rank["modes"]
+
+
+def test_the_old_policy_is_passed_only_where_its_ids_are_wanted(ranks):
+    for rank in ranks:
+        assert rank["student_passes"] == {"student": 1, "union": 1, "teacher": 0, "rollout": 0}
+
+
+def test_bf16_logits_stay_bf16_and_only_wanted_rows_are_projected(ranks):
+    """bf16 keeps 8 bits: 2^-8 is 4e-3; the planted half loss of the gradient tests would be 0.5."""
+    for rank in ranks:
+        assert rank["bf16"]["error"] < 0.05
+    last = ranks[-1]["bf16"]
+    assert last["dtypes"] == ["torch.bfloat16"]
+    # A micro-batch without a row that counts projects one, so that its graph is not empty.
+    assert last["wanted"] <= last["projected"] <= last["wanted"] + 2
