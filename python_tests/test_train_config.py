@@ -1,6 +1,7 @@
 """Settings: one declaration behind TOML, flags and help; every mistake is named with what was wanted and what came."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +65,14 @@ def test_flags_win_over_the_file(tmp_path, monkeypatch):
     assert (config.opd.teacher_log_prob_min, config.run.tp, config.run.output_dir) == (-9.0, 2, "there")
 
 
+def test_resume_on_the_command_line_wins_over_overwrite_in_the_file(monkeypatch):
+    seen = []
+    monkeypatch.setattr("opd_engine.train.loop.run", lambda config: seen.append(config) or {})
+    example = str(Path(__file__).resolve().parent.parent / "examples" / "arithmetic.toml")
+    assert main(["train", example]) == main(["train", example, "--resume"]) == 0
+    assert [(c.run.resume, c.run.overwrite) for c in seen] == [(False, True), (True, False)]
+
+
 def test_bring_your_own_needs_no_file(monkeypatch):
     seen = []
     monkeypatch.setattr("opd_engine.train.loop.run", lambda config: seen.append(config) or {})
@@ -118,12 +127,20 @@ def test_a_mistake_on_the_command_line_is_named(capsys, arguments, words):
         assert word in message
 
 
+SAMPLED = ("--opd.loss_type", "advantage", "--opd.support", "rollout")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--opd.tail", "truncate", "--opd.divergence", "reverse_kl"], ["opd.tail", "cannot distil", "shrinking"]),
         (["--opd.tail", "renormalize", "--opd.k", "1"], ["opd.tail", "cannot distil", "always zero"]),
         (["--opd.loss_type", "advantage", "--opd.support", "student"], ["opd.loss_type", "expected gradient"]),
+        (
+            ["--opd.loss_type", "advantage", "--opd.support", "rollout", "--rollout.temperature", "0"],
+            ["rollout.temperature"],
+        ),
+        (["--opd.loss_type", "advantage", "--opd.support", "rollout", "--rollout.top_k", "5"], ["top_k 5"]),
         (["--opd.temperature", "0"], ["opd.temperature", "> 0"]),
         (["--opd.k", "0"], ["opd.k", ">= 1"]),
         (["--opd.divergence", "kl"], ["opd.divergence", "forward_kl"]),

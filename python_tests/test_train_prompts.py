@@ -61,7 +61,7 @@ def test_an_unreadable_line_is_named_with_its_number_and_why(tmp_path, line, why
 
 
 def test_a_missing_or_empty_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"prompts: wanted a file, got .*nowhere"):
+    with pytest.raises(ValueError, match=r"prompts: wanted a JSONL or parquet file, got .*nowhere"):
         read_records(tmp_path / "nowhere.jsonl")
     with pytest.raises(ValueError, match="empty file"):
         read_records(written(tmp_path, b"\n\n"))

@@ -1,6 +1,7 @@
 """A run killed at any moment continues to the same bits: weights, optimizer, generators, cursor and metrics."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -49,7 +50,9 @@ def killed_after(lines: int, folder: Path, *more: str) -> None:
 
 
 def without_times(folder: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(folder / "metrics.jsonl")]
+    """The records as they are written: "nan" is equal to "nan"."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,16 @@ def test_a_run_is_neither_mixed_with_another_nor_lost(undisturbed, capsys):
     assert main(arguments(undisturbed, "nothing here", "--resume")) == 2
     assert "wanted a run in" in capsys.readouterr().err
     assert list_checkpoints(undisturbed / "whole" / "checkpoints")[-1][0] == STEPS
+
+
+@pytest.mark.parametrize("mistake", [("--opd.k", "33"), ("--data.task", "prompts", "--student", "none")])
+def test_a_mistake_neither_discards_a_run_nor_leaves_one_that_never_began(undisturbed, capsys, mistake):
+    more = ["--teacher", "a=none", "--prompts", "none"] if "prompts" in mistake else []
+    assert main(arguments(undisturbed, "whole", "--overwrite", *mistake, *more)) == 2
+    assert list_checkpoints(undisturbed / "whole" / "checkpoints")[-1][0] == STEPS
+    assert main(arguments(undisturbed, "mistaken", *mistake, *more)) == 2
+    assert "error: opd.k: wanted at most" in (said := capsys.readouterr().err) or "student.path" in said
+    assert not (undisturbed / "mistaken" / "config.toml").exists()
 
 
 def test_a_full_disk_ends_the_run_with_the_reason_and_what_is_whole(undisturbed, capsys, monkeypatch):

@@ -202,13 +202,14 @@ class TrainConfig:
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
-    def validate(self) -> None:
+    def validate(self, vocab_size: int | None = None) -> None:
         """Refuses what cannot run or cannot distil, before anything is loaded.
 
-        Raises: ConfigError, or OPDConfig's ValueError, with the key and the reason.
+        vocab_size: the student's, once it is known
+        Raises: ConfigError with the key and the reason.
         """
         try:
-            self.opd.validate()
+            self.opd.validate(vocab_size)
         except ValueError as error:
             raise ConfigError(f"opd.{error}") from error
         if self.data.task == "prompts":
@@ -229,6 +230,13 @@ class TrainConfig:
                 )
         if not 0.0 < self.rollout.top_p <= 1.0:
             raise ConfigError(f"rollout.top_p: wanted above 0 and at most 1, got {self.rollout.top_p}")
+        cut = [key for key, off in (("top_k", 0), ("top_p", 1.0)) if getattr(self.rollout, key) != off]
+        if self.opd.loss_type == "advantage" and (cut or self.rollout.temperature != self.opd.temperature):
+            raise ConfigError(
+                "opd.loss_type 'advantage' cannot distil with rollouts of another distribution than the student's: "
+                f"wanted rollout.temperature = opd.temperature = {self.opd.temperature}, rollout.top_k and top_p off, "
+                f"got temperature {self.rollout.temperature}, top_k {self.rollout.top_k}, top_p {self.rollout.top_p}"
+            )
         if self.data.task == "text" and self.text.prompt_tokens >= self.text.passage_tokens:
             raise ConfigError(
                 f"text.prompt_tokens: wanted less than text.passage_tokens = {self.text.passage_tokens}, "
@@ -287,6 +295,8 @@ def apply_flags(config: TrainConfig, flags: argparse.Namespace) -> None:
         if setting.key in given:
             value = parse_text(setting, given[setting.key])
             assign(config, setting.key, check_value(setting, value, "--"))
+    if config.run.resume and "run.resume" in given and "run.overwrite" not in given:
+        config.run.overwrite = False  # the file's answer for a run begun anew
     for entry in given.get("teacher") or []:
         name, separator, directory = entry.partition("=")
         if not (name and separator and directory):

@@ -81,10 +81,15 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 "(start them with: torchrun --nproc-per-node TP -m opd_engine train ... --tp TP)"
             )
         directory = Path(config.run.output_dir)
-        if world.is_main:
-            _open_directory(directory, config)
+        is_new = world.is_main and _check_directory(directory, config)
         barrier(world.group)
-        trainer = Trainer(config, world, started)
+        try:
+            trainer = Trainer(config, world, started)
+        except Exception:
+            # Corrected and started again, the command must not find a run that never began.
+            if is_new:
+                (directory / CONFIG_FILE).unlink(missing_ok=True)
+            raise
         return trainer.train()
 
 
@@ -95,27 +100,38 @@ def _quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def _open_directory(directory: Path, config: TrainConfig) -> None:
-    """Makes the run's folder ready: continued, begun anew, or refused. Mutates: the folder."""
+def _check_directory(directory: Path, config: TrainConfig) -> bool:
+    """Refuses a folder whose run would be lost, or is not the one to continue. Changes nothing of a run that is there.
+
+    Returns: whether there was none; its settings are then written at once, so that --resume works from here on.
+    """
     saved = directory / CONFIG_FILE
     if config.run.resume:
         if not saved.is_file():
             raise ConfigError(f"run.resume: wanted a run in {directory}, got none (no {CONFIG_FILE})")
         if changed := differences(config_from_toml(saved), config):
             raise ConfigError(f"run.resume: wanted the settings of the run in {directory}; {'; '.join(changed)}")
-    elif saved.is_file():
-        if not config.run.overwrite:
-            raise ConfigError(
-                f"run.output_dir: {directory} already holds a run; continue it with --resume, discard it with "
-                "--overwrite, or choose another folder"
-            )
-        for name in (CHECKPOINTS, EVENTS_FOLDER, MODELS, "plots"):
+    elif saved.is_file() and not config.run.overwrite:
+        raise ConfigError(
+            f"run.output_dir: {directory} already holds a run; continue it with --resume, discard it with "
+            "--overwrite, or choose another folder"
+        )
+    elif not saved.is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(saved, config_to_toml(config))
+        return True
+    return False
+
+
+def _begin(directory: Path, config: TrainConfig) -> None:
+    """Makes the folder this run's, once all that the run reads was found good. Mutates: the folder."""
+    if not config.run.resume:
+        for name in (CHECKPOINTS, EVENTS_FOLDER, "plots"):
             shutil.rmtree(directory / name, ignore_errors=True)
         for name in (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE):
             (directory / name).unlink(missing_ok=True)
-    directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(directory / CHECKPOINTS)
-    write_text(saved, config_to_toml(config))
+    write_text(directory / CONFIG_FILE, config_to_toml(config))
 
 
 class Trainer:
@@ -143,6 +159,8 @@ class Trainer:
         self.teacher_values: dict[str, dict[str, float]] = {}
         self.seconds_before = 0.0
         journal_size = self._restore() if self.resumed_from is not None else None
+        if world.is_main:
+            _begin(self.directory, config)
         self.journal = (
             Journal(self.directory, size=journal_size, first_step=self.step_number + 1) if world.is_main else None
         )
@@ -150,6 +168,8 @@ class Trainer:
     # ---- starting ----------------------------------------------------------------------------------------------------
     def _prepare(self) -> Experiment:
         if self.world.is_main:
+            if not self.config.run.resume:
+                shutil.rmtree(self.directory / MODELS, ignore_errors=True)  # of a run that is being discarded
             experiment = prepare(self.config, self.progress.supervised)
         barrier(self.world.group)
         return experiment if self.world.is_main else prepare(self.config, self.progress.supervised, make=False)
@@ -174,7 +194,7 @@ class Trainer:
             }
         )
         self.pool.check_vocabulary(self.student.token_to_id())
-        config.opd.validate(self.student.vocab_size)
+        config.validate(self.student.vocab_size)
         self.writer = Writer(
             config.rollout,
             end_token_ids(self.student.module, self.tokenizer),

@@ -47,7 +47,7 @@ def read_records(path: str | Path) -> list[Record]:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"prompts: wanted a file, got {str(path)!r}, which is not one")
+        raise ValueError(f"prompts: wanted a JSONL or parquet file, got {str(path)!r}, which is no file")
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     records = [_record(row, where) for where, row in rows]
     if not records:
