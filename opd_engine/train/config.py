@@ -48,6 +48,12 @@ class RunConfig:
     tp: int = _field(1, "ranks that share the LM head; hf wants exactly as many started", unit="processes", min=1)
     pp: int = _field(1, "megatron: pipeline stages", unit="processes", min=1)
     cp: int = _field(1, "megatron: ranks that share a sequence", unit="processes", min=1)
+    teacher_weights: str = _field(
+        "switch",
+        "megatron: teachers of the student's shape take its place in turn (switch), or each is a module of its own, on "
+        "the host between turns (staged) or always on the device (resident)",
+        choices=("switch", "staged", "resident"),
+    )
     resume: bool = _field(False, "continue from the newest checkpoint in output_dir")
     overwrite: bool = _field(False, "start anew where output_dir already holds a run, which is then lost")
     timeout_s: float = _field(600.0, "how long a rank waits for the others before it gives up", unit="seconds", min=1.0)
