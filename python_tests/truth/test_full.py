@@ -80,3 +80,21 @@ def test_probabilities_that_underflow(divergence, dtype):
         lambda z: opd_engine.full_distill_loss(z, teacher_logits, divergence=divergence),
         lambda z, compute: oracles.full_distill(z, teacher_logits, divergence, dtype=compute),
     )
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_a_teacher_near_the_student_costs_no_digit(divergence, offset):
+    """A loss of 5e-7, eight digits below its terms, and a gradient of 1e-3 of them: relative errors, not absolute."""
+    torch.manual_seed(0)
+    logits = torch.randn(4, 20_000) * 3
+    teacher = logits + 1e-3 * torch.randn(4, 20_000) + offset
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        z = logits.detach().to(dtype).requires_grad_()
+        loss = opd_engine.full_distill_loss(z, teacher.to(dtype), divergence=divergence)
+        loss.sum().backward()
+        results.append((loss.detach().double(), z.grad.double()))
+    (loss, grad), (true_loss, true_grad) = results
+    assert ((loss - true_loss) / true_loss).abs().max() < 1e-6
+    assert (grad - true_grad).norm() < 1e-6 * true_grad.norm()
