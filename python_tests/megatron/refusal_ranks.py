@@ -40,6 +40,7 @@ def everything(layout: str) -> dict[str, object]:
         "modes": training_modes(job),
         "student_passes": student_passes(job),
         "bf16": in_bf16(job),
+        "soft-cap": refused_soft_cap(job),
     }
 
 
@@ -103,6 +104,20 @@ def refused_at_a_step(job: Job) -> dict[str, str]:
     return found
 
 
+def refused_soft_cap(job: Job) -> str:
+    """A model that changes its logits after its output layer."""
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    class Capped(GPTModel):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            return 20 * torch.tanh(output / 20) if self.post_process else output
+
+    actor = job.actor(ROUTED)
+    actor.student.module.__class__ = Capped
+    return message(lambda: actor.score_rollouts(job.share(job.samples), job.teachers))
+
+
 def training_modes(job: Job) -> dict[str, bool]:
     """Scoring is done in eval mode and leaves every submodule's own mode; a teacher that keeps eval stays there."""
     actor = job.actor(ROUTED)
@@ -128,6 +143,7 @@ def student_passes(job: Job) -> dict[str, int]:
     found = {}
     for support in ("student", "union", "teacher", "rollout"):
         actor = job.actor(ROUTED)
+        actor.student._head_is_checked = True
         actor.config = dataclasses.replace(actor.config, support=support)
         walk, passes = actor.walk.forward, []
 
@@ -160,6 +176,8 @@ def in_bf16(job: Job) -> dict[str, object]:
     seen = []
     if job.groups.is_last_stage:
         project = actor.walk.head._project
+
+        actor.student._head_is_checked = True
 
         def noted(chosen):
             logits = project(chosen)

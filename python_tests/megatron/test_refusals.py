@@ -94,3 +94,8 @@ def test_bf16_logits_stay_bf16_and_only_wanted_rows_are_projected(ranks):
     assert last["dtypes"] == ["torch.bfloat16"]
     # A micro-batch without a row that counts projects one, so that its graph is not empty.
     assert last["wanted"] <= last["projected"] <= last["wanted"] + 2
+
+
+def test_a_soft_cap_after_the_head_is_refused(ranks):
+    for rank in ranks:
+        assert "Capped's logits are not its output_layer of its last hidden states" in rank["soft-cap"]

@@ -156,9 +156,9 @@ def _whole_input(output_layer: torch.nn.Module, split: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hidden_states_out(language_model: torch.nn.Module, on_last_stage: bool) -> Iterator[None]:
+def hidden_states_out(language_model: torch.nn.Module, wanted: bool) -> Iterator[None]:
     """The model ends after its final norm, as on a stage that has no output layer, for one forward."""
-    if not on_last_stage:
+    if not wanted:
         yield
         return
     language_model.post_process = False

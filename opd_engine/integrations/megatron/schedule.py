@@ -70,30 +70,35 @@ class StageWalk:
             wanted=masks,
         )
 
-    def forward(self, inputs: Sequence[MicroInput], on_last_stage: OnLastStage) -> list[Any]:
-        """A pass without gradient. Returns: per micro-batch what `on_last_stage` gave; empty on the other stages."""
+    def forward(self, inputs: Sequence[MicroInput], on_last_stage: OnLastStage, *, to_hidden: bool = True) -> list[Any]:
+        """A pass without gradient. Returns: per micro-batch what `on_last_stage` gave; empty on the other stages.
+
+        to_hidden: False for the model's own logits [sequences, local length, vocab_shard_size] instead
+        """
 
         def collect(micro: MicroInput, hidden: Tensor, non_loss_data: bool = True) -> Any:
             return on_last_stage(micro, hidden)
 
         with torch.no_grad():
-            return self._walk(inputs, collect, forward_only=True, collect_non_loss_data=True)
+            return self._walk(inputs, collect, to_hidden, forward_only=True, collect_non_loss_data=True)
 
     def forward_backward(self, inputs: Sequence[MicroInput], loss_of: OnLastStage) -> list[Any]:
         """A pass with backward and Megatron's reduction of the gradients.
 
         loss_of: gives (loss, num_tokens, anything), as Megatron's loss functions do. Returns: the third of each.
         """
-        return self._walk(inputs, loss_of, forward_only=False)
+        return self._walk(inputs, loss_of, True, forward_only=False)
 
-    def _walk(self, inputs: Sequence[MicroInput], on_last_stage: OnLastStage, **options: bool) -> list[Any]:
+    def _walk(
+        self, inputs: Sequence[MicroInput], on_last_stage: OnLastStage, to_hidden: bool, **options: bool
+    ) -> list[Any]:
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
         def forward_step(iterator, model):
             micro = next(iterator)
             packing = {} if micro.packed_seq_params is None else {"packed_seq_params": micro.packed_seq_params}
-            with hidden_states_out(self.language_model, self.groups.is_last_stage):
+            with hidden_states_out(self.language_model, to_hidden and self.groups.is_last_stage):
                 output = model(
                     input_ids=micro.input_ids,
                     position_ids=micro.position_ids,

@@ -7,7 +7,7 @@ last stage; the others get placeholders of the same shapes, so that every rank r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -19,6 +19,7 @@ from opd_engine.integrations.megatron.batches import BatchLayout, MicroInput
 from opd_engine.integrations.megatron.context_parallel import own_rows, wanted_rows, whole_scores
 from opd_engine.integrations.megatron.groups import MegatronGroups
 from opd_engine.integrations.megatron.head import HiddenRows, LogitRows
+from opd_engine.integrations.megatron.head_check import check_head_is_last
 from opd_engine.integrations.megatron.schedule import StageWalk
 from opd_engine.parallel.collectives import all_gather_stacked, broadcast_
 from opd_engine.parallel.sequences import take_rows
@@ -44,6 +45,9 @@ class MegatronScorer:
     keep_eval: leave the model in eval mode instead of as it was found (a teacher that is never trained)
 
     Every tensor, pipeline and context rank of a data-parallel index makes the same calls with the same batches.
+
+    Raises: ValueError for what is not supported, by name, and, at the first pass, for a model whose logits are not its
+        output layer of its last hidden states.
     """
 
     splits_itself = True
@@ -68,6 +72,7 @@ class MegatronScorer:
         self.keep_eval = keep_eval
         self._scoring = contextlib.nullcontext if scoring is None else scoring
         self._token_map = token_map
+        self._head_is_checked = False
 
     @property
     def module(self) -> torch.nn.Module:
@@ -161,12 +166,23 @@ class MegatronScorer:
             full = torch.cat(list(all_gather_stacked(logits, group)), 1)[:, : self.vocab_size]
             return wanted_rows(full, micro, groups)
 
-        with scoring_mode(self), self._scoring():
+        with self._scoring_pass():
             parts = self.walk.forward(self.walk.micro_inputs(batch, last), last_rows)
         result = torch.zeros(batch.num_seqs, self.vocab_size, device=self.walk.device)
         if parts:
             result = torch.cat(parts).contiguous()
         return broadcast_(result, groups.pp if groups.pp_size > 1 else None, source=groups.pp_size - 1)
+
+    @contextlib.contextmanager
+    def _scoring_pass(self) -> Iterator[None]:
+        """Eval mode and the caller's own context around a pass; before the first, the head is looked at."""
+        with scoring_mode(self), self._scoring():
+            if not self._head_is_checked:
+                check_head_is_last(self.walk)
+                self._head_is_checked = True
+            yield
+        if self.keep_eval:
+            self.module.eval()
 
     def _gathered(
         self,
@@ -220,10 +236,8 @@ class MegatronScorer:
             at_head = self.walk.head.rows(hidden, micro.output_rows)
             return score_micro(micro, at_head, places[id(micro)]).to("cpu")
 
-        with scoring_mode(self), self._scoring():
+        with self._scoring_pass():
             parts = self.walk.forward(inputs, on_last_stage)
-        if self.keep_eval:
-            self.module.eval()
         return _joined(parts) if parts else placeholder(batch, width, indices, with_target)
 
 
