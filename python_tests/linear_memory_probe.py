@@ -1,0 +1,68 @@
+"""Run by test_linear_memory.py in a process of its own: how far one call raises the peak of resident memory."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import opd_engine
+
+ROWS, VOCAB, HIDDEN, K = 4_096, 65_536, 48, 64
+FEWER_ROWS = {"full": 512, "through_logits": 1_024}  # slow kernels in float64; the control needs no more
+
+
+def status_bytes(name: str) -> int:
+    return int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M).group(1)) * 1024
+
+
+def grown(call) -> int:
+    """Peak resident memory of the call above what was resident before it."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_bytes("VmRSS")
+    call()
+    return status_bytes("VmHWM") - before
+
+
+def main(function: str) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(ROWS, HIDDEN, requires_grad=True)
+    weight = (torch.randn(VOCAB, HIDDEN) / 8).requires_grad_()
+    ids = (torch.arange(K) * 1_000 + torch.arange(ROWS)[:, None]) % VOCAB
+    log_probs = torch.full((ROWS, K), -5.0)
+    teacher = opd_engine.TokenScores(indices=ids, log_probs=log_probs, tail_log_prob=torch.full((ROWS,), -0.6))
+    theirs = torch.randn(ROWS, 16), torch.randn(VOCAB, 16)
+
+    def backward(loss):
+        torch.autograd.grad(loss, (hidden, weight))
+
+    def distill(rows=ROWS):
+        some = slice(rows)
+        backward(opd_engine.linear_distill_loss(hidden[some], weight, teacher.select(some)).loss)
+
+    def gather(rows=ROWS):
+        some = slice(rows)
+        scores = opd_engine.linear_gather_log_probs(hidden[some], weight, ids[some])
+        backward(scores.log_probs.sum() + scores.tail_log_prob.sum())
+
+    def topk(rows=ROWS):
+        opd_engine.linear_topk_log_probs(hidden[:rows], weight, K)
+
+    def full(rows=ROWS):
+        some = slice(rows)
+        backward(opd_engine.linear_full_distill_loss(hidden[some], weight, theirs[0][some], theirs[1]).loss)
+
+    def through_logits(rows=ROWS):
+        scores = opd_engine.gather_log_probs(hidden[:rows] @ weight.t(), ids[:rows])
+        backward(opd_engine.distill_loss(scores, teacher.select(slice(rows))).sum())
+
+    call = {"distill": distill, "gather": gather, "topk": topk, "full": full, "through_logits": through_logits}[
+        function
+    ]
+    call(8)  # what libraries allocate once is not the call's
+    print(json.dumps(grown(lambda: call(FEWER_ROWS.get(function, ROWS)))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
