@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -81,6 +82,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole_and_says_so(tmp_path, 
     assert_whole(tmp_path / "step_00000001", 1)
     save(tmp_path, 2)
     assert steps(tmp_path) == [1, 2]
+
+
+def test_a_disk_that_takes_no_more_is_told_in_the_systems_words(tmp_path):
+    save(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"File too large; the previous one, .*step_00000001, is whole"):
+            save_checkpoint(tmp_path, 2, lambda folder: None, {"weight": torch.zeros(100_000)}, {"step": 2}, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert_whole(tmp_path / "step_00000001", 1)
 
 
 def test_the_first_checkpoint_says_that_there_is_no_other(tmp_path, monkeypatch):

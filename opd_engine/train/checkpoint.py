@@ -104,6 +104,16 @@ def _remove(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def _reason(error: BaseException) -> BaseException:
+    """The operating system's own words where the error came from them."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError):
+            return link
+        link = link.__cause__ or link.__context__
+    return error
+
+
 def save_checkpoint(
     directory: Path,
     step: int,
@@ -126,7 +136,9 @@ def save_checkpoint(
         try:
             with whole_or_absent(target) as folder:
                 write_model(folder)
-                torch.save(dict(tensors), folder / _STATE_FILE)
+                # A file of ours: given a path, torch's writer reports a full disk as a wrong position and no more.
+                with open(folder / _STATE_FILE, "wb") as file:
+                    torch.save(dict(tensors), file)
                 (folder / _JSON_FILE).write_text(json.dumps(dict(values), indent=1), encoding="utf-8")
         except Exception as error:
             whole = list_checkpoints(directory)
@@ -135,7 +147,10 @@ def save_checkpoint(
                 if whole
                 else "there is none yet"
             )
-            raise CheckpointError(f"cannot write the checkpoint of step {step} to {target}: {error}; {kept}") from error
+            reason = _reason(error)
+            raise CheckpointError(
+                f"cannot write the checkpoint of step {step} to {target}: {reason}; {kept}"
+            ) from error
     for _, old in list_checkpoints(directory)[:-keep]:
         _remove(old)
     return target
