@@ -119,6 +119,7 @@ class Loss:
     support: whose top-k: "student", "teacher" (every teacher of the sample) or "union" (all of them)
     mixture: "route" or "arithmetic"
     state_cap: cut of the visited-state weight, or None
+    policy: coefficient of the clipped policy gradient
     """
 
     divergence: str = "reverse_kl"
@@ -128,6 +129,7 @@ class Loss:
     k: int = 8
     temperature: float = 1.0
     state_cap: float | None = None
+    policy: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ class Sample:
     mask: Tensor
     teachers: tuple[str, ...]
     log_probs: Tensor
+    advantage: float
 
 
 def frozen_parts(
@@ -155,7 +158,7 @@ def frozen_parts(
 
 
 def row_losses(logits: Tensor, sample: Sample, inside: Tensor, teachers: list[Tensor], loss: Loss) -> Tensor:
-    """The loss of every row [length], with the visited-state weight."""
+    """The loss of every row [length], with the visited-state weight and the policy gradient."""
     q = (logits / loss.temperature).log_softmax(1)
     student = _buckets(q, inside)
     stacked = torch.stack([_buckets(p, inside) for p in teachers])
@@ -166,12 +169,16 @@ def row_losses(logits: Tensor, sample: Sample, inside: Tensor, teachers: list[Te
     else:
         terms = teacher.exp() * (teacher - student)
     losses = torch.where(there, terms, 0.0).sum(1)
-    if loss.state_cap is None:
-        return losses
     following = torch.cat([sample.tokens[1:], sample.tokens[:1]])
-    ratio = (q.detach().gather(1, following[:, None])[:, 0] - sample.log_probs.double()).where(sample.mask, 0.0)
-    before = torch.cat([ratio.new_zeros(1), ratio[:-1]]).cumsum(0)
-    return losses * before.exp().clamp(max=loss.state_cap)
+    log_ratio = (q.gather(1, following[:, None])[:, 0] - sample.log_probs.double()).where(sample.mask, 0.0)
+    if loss.state_cap is not None:
+        before = torch.cat([log_ratio.new_zeros(1), log_ratio.detach()[:-1]]).cumsum(0)
+        losses = losses * before.exp().clamp(max=loss.state_cap)
+    if loss.policy > 0:
+        ratio = log_ratio.exp()
+        cut = torch.minimum(ratio * sample.advantage, ratio.clamp(0.8, 1.2) * sample.advantage)
+        losses = losses - loss.policy * cut
+    return losses
 
 
 def _buckets(log_probs: Tensor, inside: Tensor) -> Tensor:

@@ -15,55 +15,12 @@ from torch import Tensor
 from megatron import dense, models, on_cpu
 from megatron.dense import Loss, Reference, Sample, Shape
 from megatron.layouts import CHECKS, LAYOUTS, Layout
+from megatron.samples import MIXED, ROUTED, TEACHERS, as_batch, make_samples, rolled_out, with_teachers
 from opd_engine.distillation import OPDConfig, RolloutBatch
 from opd_engine.teachers import TeacherPool
 
-LENGTHS = (9, 5, 14, 1, 12, 7, 16, 6)
-TEACHERS = ("math", "code")
 LR, STEPS = 0.1, 4
 ADAM = {"betas": (0.9, 0.95), "eps": 1.0}  # so large an epsilon keeps Adam from turning noise near 0 into full steps
-
-
-ROUTED = Loss()
-MIXED = Loss("forward_kl", "union", "arithmetic", "sample_mean", k=6, temperature=0.8, state_cap=1.5)
-
-
-def make_samples() -> list[Sample]:
-    """Ragged rollouts; prompts, tool tokens and two whole samples do not count."""
-    generator = torch.Generator().manual_seed(11)
-    samples = []
-    for number, length in enumerate(LENGTHS):
-        tokens = torch.randint(0, 61, (length,), generator=generator)
-        mask = torch.rand(length, generator=generator) < 0.8
-        mask[: length // 3] = False
-        mask[-1] = False
-        if number == 5:
-            mask[:] = False
-        log_probs = -3 * torch.rand(length, generator=generator)
-        samples.append(Sample(number, tokens, mask, (TEACHERS[number % 2],), log_probs))
-    return samples
-
-
-def with_teachers(samples: list[Sample], loss: Loss) -> list[Sample]:
-    """Under a mixture every third sample has both teachers."""
-    if loss.mixture == "route":
-        return samples
-    return [dataclasses.replace(s, teachers=TEACHERS) if s.number % 3 else s for s in samples]
-
-
-def as_batch(samples: list[Sample]) -> RolloutBatch:
-    lengths = torch.tensor([0, *(sample.tokens.numel() for sample in samples)])
-    numbers = torch.tensor([sample.number for sample in samples], dtype=torch.int64)
-    none = torch.zeros(0)
-    return RolloutBatch(
-        tokens=torch.cat([none.long(), *(s.tokens for s in samples)]),
-        cu_seqlens=lengths.cumsum(0).to(torch.int32),
-        loss_mask=torch.cat([none.bool(), *(s.mask for s in samples)]),
-        sample_ids=numbers,
-        rollout_ids=numbers,
-        teacher_names=[s.teachers for s in samples],
-        rollout_log_probs=torch.cat([none, *(s.log_probs for s in samples)]),
-    )
 
 
 class Job:
@@ -135,6 +92,7 @@ class Job:
             k=loss.k,
             temperature=loss.temperature,
             state_weight_cap=loss.state_cap,
+            policy_coefficient=loss.policy,
             optimizer_steps_per_rollout=steps,
         )
         return (kind or MegatronActor)(
@@ -160,7 +118,8 @@ class Job:
         batch = self.share(samples)
         scored = actor.score_rollouts(batch, self.teachers)
         metrics = actor.accumulate(batch, scored)
-        loss = float(metrics.values[metrics.names.index("loss")])
+        self.metrics = metrics.means()
+        loss = self.metrics["loss"]
         own = models.gradients(actor.walk.model)
         return abs(loss - truth[0]) / max(1.0, abs(truth[0])), self.distance(own, truth[1])
 
@@ -252,15 +211,20 @@ def averaged(job: Job) -> dict[str, float]:
 
 
 def mixed(job: Job) -> dict[str, float]:
-    """Untied head, both teachers at once, a union support, temperature, sample means, visited-state weights."""
-    samples = with_teachers(job.samples, MIXED)
-    truth = job.reference(MIXED, tied=False).gradients()
+    """Untied head, two teachers, union support, temperature, sample means, visited-state weights, policy gradient."""
+    samples = mixed_samples(job)
+    truth = job.reference(MIXED, tied=False, samples=samples).gradients()
     loss, gradient = job.errors(job.actor(MIXED, tied=False), samples, truth)
     return {"loss": loss, "gradient": gradient}
 
 
+def mixed_samples(job: Job) -> list[Sample]:
+    shape = dataclasses.replace(job.shape, tied=False)
+    return rolled_out(with_teachers(job.samples, MIXED), shape, MIXED)
+
+
 def splits(job: Job) -> dict[str, float]:
-    """Micro-batch sizes, packing and padding change nothing."""
+    """Micro-batch sizes, packing and padding change nothing, in the gradients or in what is reported."""
     truth = job.reference(ROUTED).gradients()
     ways = {
         "one micro-batch": {"max_tokens": None},
@@ -271,7 +235,24 @@ def splits(job: Job) -> dict[str, float]:
     }
     if job.layout.cp == 1:
         ways["padded, Megatron's own attention"] = {"packed": False, "context": None}
-    return {name: job.errors(job.actor(ROUTED, **way), job.samples, truth)[1] for name, way in ways.items()}
+    found, first = {}, None
+    for name, way in ways.items():
+        found[name] = job.errors(job.actor(ROUTED, **way), job.samples, truth)[1]
+        first = first or job.metrics
+        found[f"metrics, {name}"] = _different(job.metrics, first)
+    everybody: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everybody, job.metrics)
+    found["metrics of the ranks"] = max(_different(metrics, everybody[0]) for metrics in everybody)
+    assert job.metrics["rows"] == sum(int(sample.mask.sum()) for sample in job.samples)
+    return found
+
+
+def _different(metrics: dict[str, float], others: dict[str, float]) -> float:
+    """The largest difference of two reports; what one has no value for, neither has."""
+    assert metrics.keys() == others.keys()
+    gaps = [abs(metrics[name] - others[name]) for name in metrics if metrics[name] == metrics[name]]
+    assert len(gaps) == sum(value == value for value in others.values())
+    return max(gaps)
 
 
 def supports(job: Job) -> dict[str, float]:
@@ -294,8 +275,9 @@ def chunked_head(job: Job) -> dict[str, float]:
     found = {}
     for name, loss, tied in (("tied", ROUTED, True), ("untied", MIXED, False)):
         actor = job.actor(loss, tied=tied, workspace_bytes=few)
-        truth = job.reference(loss, tied=tied).gradients()
-        found[name] = job.errors(actor, with_teachers(job.samples, loss), truth)[1]
+        samples = job.samples if tied else mixed_samples(job)
+        truth = job.reference(loss, tied=tied, samples=samples).gradients()
+        found[name] = job.errors(actor, samples, truth)[1]
     return found
 
 

@@ -9,8 +9,9 @@ import torch
 
 from megatron import dense, models
 from megatron.dense import Loss
-from megatron.gradient_ranks import ROUTED, Job, as_batch, start
+from megatron.gradient_ranks import Job, start
 from megatron.layouts import LAYOUTS
+from megatron.samples import ROUTED, as_batch
 
 OPTIONS = {
     "virtual_pipeline_model_parallel_size": 2,
