@@ -33,14 +33,17 @@ def _train_parser(commands) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="TOML file; without one, defaults and flags")
     for flag, key, metavar, text in _SHORTHANDS:
         parser.add_argument(flag, dest=key, metavar=metavar, default=argparse.SUPPRESS, help=f"{text} (--{key})")
-    for flag in ("resume", "overwrite"):
+    for flag, text in (
+        ("resume", "continue the run in --output-dir"),
+        ("overwrite", "discard the run in --output-dir"),
+    ):
         parser.add_argument(
             f"--{flag}",
             dest=f"run.{flag}",
             action="store_const",
             const="true",
             default=argparse.SUPPRESS,
-            help=f"--run.{flag} true",
+            help=f"{text} (--run.{flag})",
         )
     parser.add_argument(
         "--teacher", action="append", metavar="NAME=DIR", help="a teacher and its folder; repeat for several"
