@@ -7,6 +7,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 export OPD_WERROR ?= ON
+export OPD_EMULATOR ?= ON
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 py := .venv/bin/python
@@ -26,10 +27,10 @@ run: build ## Do the main job: distil two small teachers into a student on polic
 	$(py) -m opd_engine train examples/arithmetic.toml
 
 test: build lint ## Lint, floors, unit tests, gloo ranks, a reduced main job, the README's example
-	$(py) -m pytest python_tests --ignore python_tests/integration --durations 15 $(PYTEST_ARGS)
+	$(py) -m pytest python_tests --ignore python_tests/integration --ignore python_tests/megatron --durations 15 $(PYTEST_ARGS)
 
 test-integrations: build .venv/.installed-integrations ## Foreign frameworks and the longer examples
-	$(py) -m pytest python_tests/integration --durations 15 $(PYTEST_ARGS)
+	$(py) -m pytest python_tests/integration python_tests/megatron --durations 15 $(PYTEST_ARGS)
 
 build: .venv/.installed-dev ## Build or refresh opd_engine/_C in place; .venv imports opd_engine from here
 	@$(py) setup.py --quiet build_ext --inplace

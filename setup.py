@@ -1,8 +1,8 @@
 """Thin driver: setuptools for metadata and packaging, CMake for every compiled file.
 
 Every option is passed to CMake on every run, because a reused build folder would otherwise keep old answers.
-Options come from the environment: OPD_CUDA (AUTO, ON, OFF), OPD_CUDA_ARCHS, OPD_WERROR (ON, OFF), OPD_TORCH_DIR,
-MAX_JOBS.
+Options come from the environment: OPD_CUDA (AUTO, ON, OFF), OPD_CUDA_ARCHS, OPD_WERROR and OPD_EMULATOR
+(ON, OFF), OPD_TORCH_DIR, MAX_JOBS.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "cmake"))
 from find_torch import find_torch  # noqa: E402
 
-DEFAULTS = {"OPD_CUDA": "AUTO", "OPD_CUDA_ARCHS": "80-real;90a-real;100a-real;120-real", "OPD_WERROR": "OFF"}
+DEFAULTS = {"OPD_CUDA": "AUTO", "OPD_CUDA_ARCHS": "80-real;90a-real;100a-real;120-real", "OPD_WERROR": "OFF", "OPD_EMULATOR": "OFF"}
 
 
 def tool(name: str) -> str:

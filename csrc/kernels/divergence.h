@@ -57,7 +57,8 @@ OPD_HOST_DEVICE inline typename M::V difference(typename M::V a, typename M::V b
 
 // One bucket's share of KL(a || b).
 template <class M>
-OPD_HOST_DEVICE inline typename M::V kl_term(typename M::V log_a, typename M::V log_b, typename M::V a, typename M::V b, bool plain) {
+OPD_HOST_DEVICE inline typename M::V kl_term(typename M::V log_a, typename M::V log_b, typename M::V a, typename M::V b,
+                                             bool plain) {
   using V = typename M::V;
   const V u = log_b - log_a, zero = V{} + 0.0;
   const V cost = a > 0.0 ? a * u : a == 0.0 ? zero : a;  // 0 where the factor is 0, NaN where a is NaN
@@ -74,7 +75,8 @@ struct BucketTerm {
 
 // mix p + (1 - mix) q: its log minus log p and minus log q.
 template <class M>
-OPD_HOST_DEVICE inline void log_mixture(typename M::V r, double mix, typename M::V* minus_log_p, typename M::V* minus_log_q) {
+OPD_HOST_DEVICE inline void log_mixture(typename M::V r, double mix, typename M::V* minus_log_p,
+                                        typename M::V* minus_log_q) {
   using V = typename M::V;
   // Relative to the larger side, so that nothing overflows: r = log q - log p.
   const V magnitude = r >= 0.0 ? -r : r;
@@ -90,7 +92,7 @@ OPD_HOST_DEVICE inline void log_mixture(typename M::V r, double mix, typename M:
 
 template <class M>
 OPD_HOST_DEVICE inline BucketTerm<typename M::V> bucket_term(const opd::DivergenceSpec& divergence, typename M::V log_q,
-                                             typename M::V log_p, bool plain) {
+                                                             typename M::V log_p, bool plain) {
   using V = typename M::V;
   using opd::Divergence;
   const V q = M::exp(log_q), p = M::exp(log_p), r = log_q - log_p, zero = V{} + 0.0;

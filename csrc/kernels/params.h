@@ -54,7 +54,9 @@ OPD_HOST_DEVICE static inline double temperature_of(const Temperature& temperatu
 
 // -1 is absent; anything else outside [0, vocab_size) is invalid and poisons its own row with NaN.
 constexpr int64_t kAbsent = -1;
-OPD_HOST_DEVICE static inline bool is_invalid_id(int64_t id, int64_t vocab_size) { return id < kAbsent || id >= vocab_size; }
+OPD_HOST_DEVICE static inline bool is_invalid_id(int64_t id, int64_t vocab_size) {
+  return id < kAbsent || id >= vocab_size;
+}
 
 struct TopkPartialsParams {
   LogitsView logits;

@@ -9,11 +9,20 @@ shard's top-k message: k values, 5 statistics, the target's logit if there is a 
 
 from opd_engine.ops import autograd as _autograd  # noqa: F401  (registers)
 from opd_engine.ops import fakes as _fakes  # noqa: F401  (registers)
-from opd_engine.ops.build_info import build_info
+from opd_engine.ops.build_info import build_info, take_topk_fallbacks
 from opd_engine.ops.debug import debug, debug_enabled
 from opd_engine.ops.layout import NUM_STATS, score_dtype
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 TAIL_MODES = ("bucket", "truncate", "renormalize")
 
-__all__ = ["DIVERGENCES", "NUM_STATS", "TAIL_MODES", "build_info", "debug", "debug_enabled", "score_dtype"]
+__all__ = [
+    "DIVERGENCES",
+    "NUM_STATS",
+    "TAIL_MODES",
+    "build_info",
+    "debug",
+    "debug_enabled",
+    "score_dtype",
+    "take_topk_fallbacks",
+]

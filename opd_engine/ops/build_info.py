@@ -1,4 +1,4 @@
-"""What this build of the compiled module was made with, and which CPU variant this processor runs."""
+"""What this build of the compiled module was made with, which CPU variant runs, and what its CUDA kernels counted."""
 
 from opd_engine import _C
 
@@ -11,3 +11,12 @@ def build_info() -> dict[str, str]:
     one this processor lacks.
     """
     return dict(_C.build_info())
+
+
+def take_topk_fallbacks() -> int:
+    """Rows of top-k on the current CUDA device whose sampled floor missed since the last call, and were selected exactly.
+
+    Returns: a count; the counter starts again at 0. Waits for the device: for diagnosis, not for the hot path.
+    Raises: RuntimeError where the build has no CUDA kernels.
+    """
+    return _C.take_topk_fallbacks()
