@@ -119,6 +119,7 @@ class _Session:
             shape = Shape(
                 *(r.num_tokens, r.vocab_size, r.k, r.tp_size, r.dtype),
                 *(r.pattern, r.mask_density, r.layout),
+                hidden_size=r.hidden_size or 0,
             )
             found.add((r.machine, r.device, r.threads, r.commit, r.case, *dataclasses.astuple(shape)))
         return found
@@ -246,7 +247,7 @@ class _Session:
             dtype=shape.dtype,
             num_tokens=shape.num_tokens,
             vocab_size=shape.vocab_size,
-            hidden_size=None,
+            hidden_size=shape.hidden_size or None,
             k=shape.k,
             tp_size=shape.tp_size,
             samples_us=samples,
@@ -269,6 +270,7 @@ class _Session:
                 "torch": torch.__version__,
                 "copy_bytes": rates.copy_bytes,
                 "logits_bytes": shape.logits_bytes,
+                "tflops": flops / median / 1e6,
                 "logits_size_allocations": whole.large,
                 "logits_size_allocations_forward": forward.large,
                 "resident_extra_bytes": whole.resident_bytes,

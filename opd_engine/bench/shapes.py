@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-CASES = ("topk", "gather", "loss_fwd_bwd", "loss_fwd_bwd_inplace", "full_divergence", "tp_merge", "step")
+LINEAR_CASES = ("linear_topk", "linear_gather", "linear_distill", "linear_full")  # from hidden states and the LM head
+LOGIT_CASES = ("topk", "gather", "loss_fwd_bwd", "loss_fwd_bwd_inplace", "full_divergence", "tp_merge", "step")
+CASES = LOGIT_CASES + LINEAR_CASES
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 PATTERNS = ("random", "ascending", "descending", "constant", "periodic", "spiky", "clustered")
@@ -32,6 +34,7 @@ class Shape:
     mask_density: float = 1.0
     layout: str = "rows"
     baselines: bool = True  # a plot of our own scaling needs none
+    hidden_size: int = 0  # of cases that contain the LM head
 
     @property
     def shard_size(self) -> int:
@@ -57,6 +60,8 @@ class Shape:
 def shape_text(of: Any) -> str:
     """A Shape's or a record's shape, for people; what is usual is left out."""
     text = f"{of.num_tokens:,} x {of.vocab_size:,}"
+    if of.hidden_size:
+        text += f", H={of.hidden_size:,}"
     if of.k:
         text += f", k={of.k:,}"
     if of.tp_size > 1:
@@ -138,7 +143,7 @@ def _sweep() -> Plan:
     shapes += [Shape(256, 151_936, mask_density=density) for density in (0.1, 0.5)]
     chosen: Plan = []
     for dtype in DTYPES:
-        for case in CASES:
+        for case in LOGIT_CASES:
             for shape in shapes:
                 entry = (case, for_case(case, dataclasses.replace(shape, dtype=dtype)))
                 if entry not in chosen and measures(case, shape) is None:
@@ -146,15 +151,43 @@ def _sweep() -> Plan:
     return chosen
 
 
+def _linear() -> Plan:
+    """What a CPU can do in minutes; the share of rows that count is what loss_rows saves."""
+    head = Shape(2_048, 65_536, hidden_size=512)
+    half = dataclasses.replace(head, dtype="bfloat16")
+    chosen: Plan = [(case, for_case(case, shape)) for case in LINEAR_CASES[:3] for shape in (head, half)]
+    chosen += [("linear_distill", dataclasses.replace(head, mask_density=density)) for density in (0.8, 0.5)]
+    chosen += [("linear_distill", dataclasses.replace(head, num_tokens=tokens)) for tokens in (256, 512, 1_024)]
+    return [*chosen, ("linear_full", for_case("linear_full", dataclasses.replace(head, num_tokens=512)))]
+
+
+def _linear_gpu() -> Plan:
+    """One rank of 1 and of 8 at three hidden sizes, T from 1,024 to 16,384, half of the rows."""
+    head = Shape(8_192, 151_936, dtype="bfloat16", hidden_size=4_096)
+    shapes = [dataclasses.replace(head, hidden_size=size) for size in (4_096, 2_048, 1_024)]
+    shapes += [dataclasses.replace(head, tp_size=8)]
+    shapes += [dataclasses.replace(head, num_tokens=tokens) for tokens in (1_024, 2_048, 4_096, 16_384)]
+    chosen: Plan = [(case, for_case(case, shape)) for case in LINEAR_CASES for shape in shapes]
+    return [*chosen, ("linear_distill", dataclasses.replace(head, mask_density=0.5))]
+
+
 def for_case(case: str, shape: Shape) -> Shape:
     """The shape as a case has it: a merge has shards, a full-vocabulary loss has no support."""
+    if case in LINEAR_CASES and not shape.hidden_size:
+        shape = dataclasses.replace(shape, hidden_size=64)
     if case == "tp_merge":
         return dataclasses.replace(shape, tp_size=8)
-    return dataclasses.replace(shape, k=0) if case == "full_divergence" else shape
+    return dataclasses.replace(shape, k=0) if case in ("full_divergence", "linear_full") else shape
 
 
 def measures(case: str, shape: Shape) -> str | None:
     """Why a case has nothing to say at a shape; None where it has."""
+    if case in LINEAR_CASES:
+        if shape.layout != "rows" or shape.pattern != "random":
+            return "it is measured on plain rows"
+        if case in LINEAR_CASES[:2] and shape.mask_density < 1:
+            return "it has no loss mask"
+        return None
     if case not in ("topk", "gather", "tp_merge") and shape.tp_size > 1:
         return "its merges are those of gather; shards are measured there"
     if case not in ("loss_fwd_bwd", "loss_fwd_bwd_inplace", "step") and shape.mask_density < 1:
@@ -170,5 +203,7 @@ SETS: dict[str, tuple[str, Callable[[], Plan]]] = {
     "readme": ("256 x 151,936 and its neighbours: the tables of README.md and docs/performance.md", _readme),
     "scaling": ("ours alone, 1e6 to 1e9 logits in T and in V; needs 10 GiB", _scaling),
     "patterns": ("ours alone, rows that hurt a threshold: sorted, constant, periodic, spiky", _patterns),
+    "linear": ("2,048 x 65,536 from hidden states of 512: the LM head and the loss, ten minutes", _linear),
+    "linear-gpu": ("8,192 x 151,936 from hidden states of 1,024 to 4,096, whole and one of 8 shards", _linear_gpu),
     "sweep": ("every vocabulary, T, k, dtype, mask and layout: hours; resume with --out", _sweep),
 }

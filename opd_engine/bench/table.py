@@ -19,6 +19,7 @@ IMPL_NAMES = {
     "opd_ablation_random_rows": "ours on random rows",
     "opd_ablation_k64": "ours with k = 64",
     "opd_ablation_one_pass": "`distill_loss_`, one read",
+    "opd_ablation_through_logits": "ours on logits that exist",
 }
 
 

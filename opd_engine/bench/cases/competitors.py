@@ -1,7 +1,7 @@
 """Other libraries, where they import. All of them are GPU libraries; on a CPU each is reported as absent, with why.
 
-Calls as of liger-kernel 0.8.5, flashinfer-python 0.6.3, quack-kernels 0.6.5; cut-cross-entropy fuses the LM head and
-has no function on logits, so no case here can use it.
+Calls as of liger-kernel 0.8.5, flashinfer-python 0.6.3, quack-kernels 0.6.5, cut-cross-entropy 25.1. megatron-core
+0.16.1 has no loss that starts from hidden states.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from opd_engine.bench.timing import Impl
 
 # module to import -> distribution, by the name in records
 _DISTRIBUTIONS = {
+    "cut_cross_entropy": ("cut_cross_entropy", "cut-cross-entropy"),
+    "liger_linear_ce": ("liger_kernel.ops.fused_linear_cross_entropy", "liger-kernel"),
+    "liger_linear_jsd": ("liger_kernel.ops.fused_linear_jsd", "liger-kernel"),
     "flashinfer": ("flashinfer", "flashinfer-python"),
     "liger": ("liger_kernel.ops.jsd", "liger-kernel"),
     "quack": ("quack.cross_entropy", "quack-kernels"),
@@ -86,3 +89,45 @@ def full_divergence(
         return mean * shape.num_tokens, None, logits
 
     return [Impl("liger", forward, backward, prepare)], {}
+
+
+def linear_cross_entropy(
+    device: torch.device, prepare: Any, backward: Any, target: Tensor, error: Any
+) -> tuple[list[Impl], dict[str, str]]:
+    """-log q(target) from hidden states and weight: cut cross-entropy, Liger's fused linear one."""
+    calls = {
+        "cut_cross_entropy": lambda module, hidden, weight: module.linear_cross_entropy(
+            hidden, weight, target, reduction="sum"
+        ),
+        "liger_linear_ce": lambda module, hidden, weight: module.LigerFusedLinearCrossEntropyFunction.apply(
+            *(hidden, weight, target, None, None, -100, 0.0, 0.0, "sum")
+        ),
+    }
+    impls, absent = [], {}
+    for name, call in calls.items():
+        module, why = find(name, device)
+        if module is None:
+            absent[name] = why
+            continue
+
+        def forward(leaves: Any, module: Any = module, call: Any = call) -> tuple[Tensor, None, Any]:
+            total = call(module, *leaves)
+            return (total[0] if isinstance(total, tuple) else total), None, leaves
+
+        impls.append(Impl(name, forward, backward, prepare, error=error))
+    return impls, absent
+
+
+def linear_jsd(
+    shape: Shape, device: torch.device, prepare: Any, backward: Any, teacher_hidden: Tensor, teacher_weight: Tensor
+) -> tuple[list[Impl], dict[str, str]]:
+    """Liger's fused linear JSD at beta = 1 (its reverse KL); a mean over tokens, so scaled back to a sum."""
+    module, why = find("liger_linear_jsd", device)
+    if module is None:
+        return [], {"liger_linear_jsd": why}
+
+    def forward(leaves: Any) -> tuple[Tensor, None, Any]:
+        mean = module.LigerFusedLinearJSDFunction.apply(*leaves, teacher_hidden, teacher_weight, None, 1.0, -100, 1.0)
+        return mean * shape.num_tokens, None, leaves
+
+    return [Impl("liger_linear_jsd", forward, backward, prepare)], {}
