@@ -85,11 +85,12 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, 
 
 
 @contextlib.contextmanager
-def join_world(device: str = "cpu", *, timeout_s: float = 600.0) -> Iterator[World]:
+def join_world(device: str = "cpu", *, timeout_s: float = 600.0, group_when_alone: bool = False) -> Iterator[World]:
     """Be one of the ranks for the length of the block; alone, do nothing.
 
     device: "cpu" (gloo) or "cuda" (NCCL, and gloo for CPU tensors; the device is that of LOCAL_RANK)
     timeout_s: > 0, the longest that a collective, a missing rank or a silent rank is waited for
+    group_when_alone: set up a process group of one rank too, for frameworks that ask every group for its size
     Raises: ValueError for a launcher's environment that is incomplete, an unknown device or a timeout <= 0;
         RuntimeError that carries another rank's message when that rank failed first. Where the block cannot be left
         (a collective that will never complete), the process prints the message and exits with status 1 instead.
@@ -106,7 +107,14 @@ def join_world(device: str = "cpu", *, timeout_s: float = 600.0) -> Iterator[Wor
     if device == "cuda":
         torch.cuda.set_device(local_device)
     if world_size == 1:
-        yield World(0, 1, local_rank, local_device)
+        if group_when_alone:
+            backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield World(0, 1, local_rank, local_device)
+        finally:
+            if group_when_alone:
+                dist.destroy_process_group()
         return
 
     timeout = timedelta(seconds=timeout_s)

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard events, and the progress bar's line.
+"""What a run writes down: metrics.jsonl, TensorBoard events and, where asked for, Weights & Biases.
 
 metrics.jsonl holds one JSON object a line: {"step": n, "kind": "train" | "eval", ...numbers}. Rank 0 writes alone.
 """
@@ -40,11 +40,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Journal:
     """Appends records to metrics.jsonl and, where tensorboard is installed, to its events."""
 
-    def __init__(self, directory: Path, *, size: int | None = None, first_step: int = 0) -> None:
+    def __init__(
+        self, directory: Path, *, size: int | None = None, first_step: int = 0, wandb_project: str = ""
+    ) -> None:
         """Opens the files; on resume cuts metrics.jsonl to `size` bytes, what it held at the checkpoint.
 
+        wandb_project: also log there, which uploads the numbers; empty is off
+
+        Raises: ValueError where a project is named and wandb is not installed.
         Mutates: directory.
         """
+        # First: what cannot be logged as asked is refused before a file is touched.
+        self._wandb = _open_wandb(directory, wandb_project)
         directory.mkdir(parents=True, exist_ok=True)
         self._file = open(directory / METRICS_FILE, "ab")  # noqa: SIM115 (open for the whole run)
         self._file.truncate(size if size is not None else 0)
@@ -60,6 +67,8 @@ class Journal:
             for key, value in values.items():
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     self._events.add_scalar(f"{kind}/{key}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{key}": value for key, value in values.items()}, step=step)
 
     def sync(self) -> int:
         """Forces the lines to disk; returns how many bytes there are, for the checkpoint."""
@@ -70,10 +79,25 @@ class Journal:
         return self._file.tell()
 
     def close(self) -> None:
-        """Closes both."""
+        """Closes all of them."""
         self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _open_wandb(directory: Path, project: str):
+    if not project:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f"run.wandb_project: {project!r} needs the package wandb, which is not installed; the same numbers are in "
+            f"{METRICS_FILE} and in TensorBoard's events"
+        ) from None
+    return wandb.init(project=project, name=directory.name, dir=str(directory), resume="allow")
 
 
 def _open_events(directory: Path, purge_step: int | None):

@@ -1,0 +1,63 @@
+"""Completions by a Megatron model as it is now: every token a forward of all sequences, without a cache.
+
+For evaluation and small models; a large one writes through a rollout engine. Which token is drawn depends on the sample
+and the step alone, so that the same rollouts come out however samples and weights are split over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opd_engine.distillation.rollout import pack_rollouts
+from opd_engine.integrations.megatron.scorer import MegatronScorer
+
+
+def generate(
+    scorer: MegatronScorer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    temperature: float = 1.0,
+    uniforms: Tensor | None = None,
+) -> tuple[list[list[int]], list[list[float]], list[bool]]:
+    """One completion a prompt. Every tensor, context and pipeline rank of a data-parallel index calls alike.
+
+    scorer: the student's, or a teacher's
+    temperature: 0 takes the likeliest token (the lowest id among equals)
+    uniforms: [prompts, max_new_tokens] float64 in [0, 1), what is drawn with; not read at temperature 0
+
+    Returns: per prompt the ids (the end token included), their log-probs at the temperature, and whether it ended.
+    Communicates: as MegatronScorer.next_token_logits, max_new_tokens times.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature: wanted at least 0, got {temperature}")
+    if temperature > 0 and (uniforms is None or list(uniforms.shape) != [len(prompts), max_new_tokens]):
+        got = None if uniforms is None else list(uniforms.shape)
+        raise ValueError(f"uniforms: wanted [{len(prompts)}, {max_new_tokens}] to sample, got {got}")
+    tokens: list[list[int]] = [[] for _ in prompts]
+    log_probs: list[list[float]] = [[] for _ in prompts]
+    finished = [False] * len(prompts)
+    for place in range(max_new_tokens):
+        going = [index for index, done in enumerate(finished) if not done]
+        if not going:
+            break
+        batch = pack_rollouts([prompts[index] for index in going], [tokens[index] for index in going])
+        logits = scorer.next_token_logits(batch).double().cpu()
+        log_q = (logits / (temperature or 1.0)).log_softmax(1)
+        if temperature == 0:
+            drawn = logits.argmax(1)
+        else:
+            # The inverse of the distribution function: one number a token, whatever the vocabulary.
+            below = log_q.exp().cumsum(1)
+            drawn = torch.searchsorted(below, uniforms[going, place][:, None].double() * below[:, -1:], right=True)
+            drawn = drawn.squeeze(1).clamp(max=log_q.shape[1] - 1)
+        chosen = log_q.gather(1, drawn[:, None]).squeeze(1).tolist()
+        for index, token, log_prob in zip(going, drawn.tolist(), chosen):
+            tokens[index].append(token)
+            log_probs[index].append(min(log_prob, 0.0))
+            finished[index] = token in end_ids
+    return tokens, log_probs, finished

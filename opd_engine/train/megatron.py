@@ -1,0 +1,340 @@
+"""The training loop on Megatron: the same settings, folders and journal, the model split over ranks.
+
+Read `run` first, then MegatronTrainer.step. Rollouts come from the current weights by whole forwards, which fits small
+models; weights that train, teachers' weights and what is written to disk go through one WeightStore.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd_engine.distillation.phases import Phases
+from opd_engine.distillation.policy import group_advantages
+from opd_engine.distillation.rollout import RolloutBatch, pack_rollouts
+from opd_engine.integrations.hf.models import load_tokenizer, token_to_id, torch_dtype
+from opd_engine.integrations.megatron import BatchLayout, MegatronActor, MegatronScorer
+from opd_engine.integrations.megatron.loading import check_checkpoint, load_module, load_set, save_weights
+from opd_engine.integrations.megatron.qwen3 import Qwen3Shape, build_qwen3
+from opd_engine.integrations.megatron.rollout import generate
+from opd_engine.integrations.megatron.teachers import own_teacher, switched_teacher
+from opd_engine.integrations.megatron.training import make_trainable, start_megatron, stop_megatron
+from opd_engine.parallel.collectives import all_reduce_max_, all_reduce_sum_, barrier
+from opd_engine.parallel.launch import World, join_world
+from opd_engine.teachers.pool import TeacherPool
+from opd_engine.teachers.weight_store import WeightStore
+from opd_engine.train.checkpoint import list_checkpoints, write_text
+from opd_engine.train.config import TrainConfig, config_to_toml
+from opd_engine.train.experiment import prepare
+from opd_engine.train.journal import METRICS_FILE, Journal, read_metrics
+from opd_engine.train.plots import draw_plots
+from opd_engine.train.pretrain import learning_rate_factor
+from opd_engine.train.progress import Progress
+from opd_engine.train.prompts import Prompt, PromptCursor
+from opd_engine.train.settings import ConfigError
+from opd_engine.train.summary import SUMMARY_FILE, make_summary
+
+CONFIG_FILE = "config.toml"
+CHECKPOINTS = "checkpoints"
+STUDENT = "student"
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Trains as the configuration says, in the ranks that torchrun started.
+
+    Returns: the summary on the first rank, nothing on the others.
+    Raises: ConfigError or ValueError for what cannot run, before anything is trained.
+    """
+    started = time.monotonic()
+    config.validate()
+    _refuse(config)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    with join_world(config.run.device.split(":")[0], timeout_s=config.run.timeout_s, group_when_alone=True) as world:
+        if world.is_main:
+            _open_directory(Path(config.run.output_dir), config)
+        barrier(world.group)
+        try:
+            return MegatronTrainer(config, world, started).train()
+        finally:
+            stop_megatron()
+
+
+def _refuse(config: TrainConfig) -> None:
+    for key, value, wanted, why in (
+        ("run.resume", config.run.resume, False, "a Megatron run begins anew"),
+        ("run.cp", config.run.cp, 1, "its attention needs TransformerEngine; give MegatronActor a model that has it"),
+        ("rollout.top_k", config.rollout.top_k, 0, "rollouts are drawn from the whole distribution"),
+        ("rollout.top_p", config.rollout.top_p, 1.0, "rollouts are drawn from the whole distribution"),
+        ("opd.reward_beta", config.opd.reward_beta, None, "rewards weigh in through opd.policy_coefficient"),
+    ):
+        if value != wanted:
+            raise ConfigError(f'{key}: wanted {wanted} for run.backend = "megatron", got {value}: {why}')
+
+
+def _open_directory(directory: Path, config: TrainConfig) -> None:
+    """Makes the run's folder ready. Mutates: it."""
+    if (directory / CONFIG_FILE).is_file():
+        if not config.run.overwrite:
+            raise ConfigError(
+                f"run.output_dir: {directory} already holds a run; discard it with --overwrite, or choose another"
+            )
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+        (directory / SUMMARY_FILE).unlink(missing_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / CONFIG_FILE, config_to_toml(config))
+
+
+class MegatronTrainer:
+    """One run on one rank."""
+
+    def __init__(self, config: TrainConfig, world: World, started: float) -> None:
+        self.config, self.world, self.started = config, world, started
+        self.directory = Path(config.run.output_dir)
+        self.progress = Progress(shown=world.is_main and not config.run.quiet)
+        self.groups = start_megatron(config.run.tp, config.run.pp, config.run.cp, seed=config.run.seed)
+        if world.is_main:
+            experiment = prepare(config, self.progress.supervised)
+        barrier(world.group)
+        self.experiment = experiment if world.is_main else prepare(config, self.progress.supervised, make=False)
+        tasks = {prompt.task for prompt in (*self.experiment.train, *self.experiment.evaluation)}
+        config.opd.tasks = config.opd.tasks or tuple(sorted(tasks))
+        self._check_folders()
+        self._load_models()
+        self.cursor = PromptCursor(self.experiment.train, config.data.mixing, config.run.seed)
+        self.generator = torch.Generator().manual_seed(config.run.seed)
+        self.step_number = 0
+        project = config.run.wandb_project
+        self.journal = Journal(self.directory, wandb_project=project) if world.is_main else None
+
+    # ---- starting ----------------------------------------------------------------------------------------------------
+    def _tokenizer(self, folder: Path, argument: str):
+        trust = self.config.student.trust_remote_code
+        return load_tokenizer(folder, trust_remote_code=trust, argument=argument)
+
+    def _check_folders(self) -> None:
+        """Refuse, before a model is built, folders that are not whole and teachers of another vocabulary."""
+        self.tokenizer = self._tokenizer(self.experiment.student, "student")
+        self.token_map = token_to_id(self.tokenizer)
+        check_checkpoint(self.experiment.student, argument="student")
+        self.teacher_maps: dict[str, Mapping[str, int]] = {}
+        for name, folder in self.experiment.teachers.items():
+            check_checkpoint(folder, argument=f"teacher {name!r}", token_map=self.token_map)
+            own = token_to_id(self._tokenizer(folder, f"teacher {name!r}"))
+            self.teacher_maps[name] = self.token_map if own == self.token_map else own
+
+    def _load_models(self) -> None:
+        config, groups, dtype = self.config, self.groups, torch_dtype(self.config.run.dtype)
+        layout = BatchLayout(
+            packed=False, max_seqs=config.optimizer.micro_batch or None, max_tokens=config.opd.score_batch_tokens
+        )
+        shape = Qwen3Shape.read(self.experiment.student, argument="student")
+        module = build_qwen3(shape, groups, dtype=dtype)
+        load_module(module, self.experiment.student, groups, argument="student")
+        module.to(self.world.device)
+        options = config.optimizer
+        model, optimizer = make_trainable(
+            module,
+            lr=options.lr,
+            beta1=options.beta1,
+            beta2=options.beta2,
+            weight_decay=options.weight_decay,
+            clip=options.clip,
+            distributed=groups.dp.size() > 1,
+        )
+        self.module = module
+        self.weights = WeightStore(module, trainable=STUDENT)
+        self.actor = MegatronActor(
+            model,
+            optimizer,
+            config.opd,
+            vocab_size=shape.vocab_size,
+            groups=groups,
+            layout=layout,
+            token_map=self.token_map,
+            guard=lambda: self.weights.check_trainable("MegatronActor"),
+        )
+        self.teachers: dict[str, MegatronScorer] = {}
+        for name, folder in self.experiment.teachers.items():
+            own = Qwen3Shape.read(folder, argument=f"teacher {name!r}")
+            common = {
+                "vocab_size": own.vocab_size,
+                "groups": groups,
+                "layout": layout,
+                "token_map": self.teacher_maps[name],
+            }
+            if own == shape and config.run.teacher_weights == "switch":
+                tag = f"teacher:{name}"
+                load_set(self.weights, tag, module, folder, groups, argument=f"teacher {name!r}")
+                self.teachers[name] = switched_teacher(model, self.weights, tag, **common)
+                continue
+            teacher = build_qwen3(own, groups, dtype=dtype)
+            load_module(teacher, folder, groups, argument=f"teacher {name!r}")
+            resident = config.run.teacher_weights == "resident"
+            self.teachers[name] = own_teacher(teacher, self.world.device, resident=resident, **common)
+        self.pool = TeacherPool(self.teachers)
+        self.pool.check_vocabulary(self.token_map)
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+    def train(self) -> dict[str, Any]:
+        """All steps, with evaluation and checkpoints."""
+        steps, every = self.config.optimizer.steps, self.config.eval.every
+        held_out = {name: self.accuracy(self.teachers[name], name) for name in self.teachers}
+        self.teacher_values = {"accuracy": {t: v for found in held_out.values() for t, v in found.items()}}
+        self._evaluate()
+        with self.progress.training(steps, 0) as bar:
+            while self.step_number < steps:
+                record = self.step()
+                self.step_number += 1
+                self._record("train", record)
+                bar.advance(record)
+                last = self.step_number == steps
+                if last or self.step_number % every == 0:
+                    bar.note(self._evaluate())
+                if last or self.step_number % self.config.checkpoint.every == 0:
+                    self._save()
+        return self._finish()
+
+    def step(self) -> dict[str, float]:
+        """Fresh rollouts by the student as it is, their scores, and the optimizer steps that use them."""
+        config, phases = self.config, Phases(self.world.device)
+        drawn = self.cursor.draw(config.rollout.prompts)
+        prompts = [prompt for prompt in drawn for _ in range(config.rollout.samples)]
+        uniforms = torch.rand(
+            len(prompts), config.rollout.max_new_tokens, dtype=torch.float64, generator=self.generator
+        )
+        own = list(range(self.groups.dp.rank(), len(prompts), self.groups.dp.size()))
+        with phases.phase("rollout"), self.weights.publishing():
+            tokens, log_probs, finished = generate(
+                self.actor.student,
+                [prompts[index].token_ids for index in own],
+                max_new_tokens=config.rollout.max_new_tokens,
+                end_ids=(self.tokenizer.eos_token_id,),
+                temperature=config.rollout.temperature,
+                uniforms=uniforms[own],
+            )
+        batch = pack_rollouts(
+            [prompts[index].token_ids for index in own],
+            tokens,
+            response_log_probs=log_probs,
+            teacher_names=[prompts[index].teacher for index in own],
+            task_names=[prompts[index].task for index in own],
+            sample_ids=own,
+            rollout_ids=[index // config.rollout.samples for index in own],
+            advantages=self._advantages(prompts, own, tokens),
+        )
+        with phases.phase("score"):
+            scored = self.actor.score_rollouts(batch, self.pool)
+        for _ in range(config.opd.optimizer_steps_per_rollout):
+            with phases.phase("update"):
+                record = self._update(batch, scored)
+        counts = torch.tensor([batch.num_tokens, sum(map(len, tokens)), sum(finished), len(own)], dtype=torch.float64)
+        total, written, ended, number = self._over_samples(counts)
+        record |= {"completion_tokens": written / number, "completion_ended": ended / number}
+        return record | phases.measured(int(total), self._largest)
+
+    def _update(self, batch: RolloutBatch, scored) -> dict[str, float]:
+        options = self.config.optimizer
+        factor = learning_rate_factor(self.step_number, options.steps, options.warmup_steps)
+        lr = options.lr * (options.min_lr_fraction + (1.0 - options.min_lr_fraction) * factor)
+        for group in self.actor.optimizer.param_groups:
+            group["lr"] = lr
+        with self.weights.training():
+            report = self.actor.train_step(batch, scored)
+        norm = float("nan") if report.grad_norm is None else report.grad_norm
+        return report.metrics.means() | {
+            "grad_norm": norm,
+            "lr": lr,
+            "skipped_step": float(not report.update_successful),
+        }
+
+    def _advantages(self, prompts: Sequence[Prompt], own: Sequence[int], tokens) -> list[float] | None:
+        """Standardised over each prompt's samples, from 1 for a right answer; None where the loss reads none."""
+        if self.config.opd.policy_coefficient == 0:
+            return None
+        if self.groups.dp.size() > 1 and self.config.rollout.samples > 1:
+            raise ConfigError("rollout.samples: a prompt's samples lie on several data-parallel ranks; wanted 1 rank")
+        right = self.right(tokens, [prompts[index].label for index in own])
+        groups = torch.tensor([index // self.config.rollout.samples for index in own])
+        return group_advantages(torch.tensor(right, dtype=torch.float64), groups).tolist()
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+    def right(self, completions: Sequence[Sequence[int]], labels: Sequence[str | None]) -> list[bool]:
+        """Whether each completion, its end token and outer white space left out, is the label."""
+        end = self.tokenizer.eos_token_id
+        bodies = [tokens[:-1] if tokens and tokens[-1] == end else tokens for tokens in completions]
+        answers = self.tokenizer.batch_decode(bodies, skip_special_tokens=True)
+        return [label is not None and answer.strip() == label.strip() for answer, label in zip(answers, labels)]
+
+    def accuracy(self, scorer: MegatronScorer, teacher: str | None = None) -> dict[str, float]:
+        """Fraction of labelled held-out prompts answered exactly, greedily, by task; of one teacher's, if named."""
+        found, limit = {}, self.config.eval.max_prompts or None
+        for task in self.config.opd.tasks:
+            prompts = [p for p in self.experiment.evaluation if p.task == task and p.label is not None][:limit]
+            prompts = [p for p in prompts if teacher is None or p.teacher in ("", teacher)]
+            if not prompts:
+                continue
+            own = prompts[self.groups.dp.rank() :: self.groups.dp.size()]
+            tokens, _, _ = generate(
+                scorer,
+                [prompt.token_ids for prompt in own],
+                max_new_tokens=self.config.rollout.max_new_tokens,
+                end_ids=(self.tokenizer.eos_token_id,),
+                temperature=0.0,
+            )
+            right = sum(self.right(tokens, [prompt.label for prompt in own]))
+            found[task] = self._over_samples(torch.tensor([float(right)]))[0] / len(prompts)
+        return found
+
+    def _evaluate(self) -> dict[str, float]:
+        self.weights.check_content("an evaluation")
+        values = {f"accuracy/{task}": value for task, value in self.accuracy(self.actor.student).items()}
+        self._record("eval", values)
+        return values
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
+    def _record(self, kind: str, values: dict[str, float]) -> None:
+        if self.journal is not None:
+            seconds = round(time.monotonic() - self.started, 3)
+            self.journal.record(self.step_number, kind, values | {"seconds": seconds})
+
+    def _save(self) -> None:
+        """A distributed checkpoint of the student's weights, written aside and renamed; the newest are kept."""
+        folder = self.directory / CHECKPOINTS
+        aside, target = folder / ".writing", folder / f"step_{self.step_number:08d}"
+        if self.world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        barrier(self.world.group)
+        with self.weights.saving():
+            save_weights(self.module, aside, token_map=self.token_map if self.world.is_main else None)
+        barrier(self.world.group)
+        if self.world.is_main:
+            aside.rename(target)
+            for _, old in list_checkpoints(folder)[: -self.config.checkpoint.keep]:
+                shutil.rmtree(old)
+
+    def _finish(self) -> dict[str, Any]:
+        if self.journal is None:
+            return {}
+        self.journal.sync()
+        self.journal.close()
+        draw_plots(self.directory, self.config.opd.divergence, self.teacher_values)
+        records = read_metrics(self.directory / METRICS_FILE)
+        summary = make_summary(self.config, records, self.teacher_values, time.monotonic() - self.started)
+        write_text(self.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    # ---- over ranks --------------------------------------------------------------------------------------------------
+    def _over_samples(self, values: torch.Tensor) -> list[float]:
+        """Summed over the ranks that hold other samples."""
+        group = self.groups.dp if self.groups.dp.size() > 1 else None
+        return all_reduce_sum_(values.to(self.world.device), group).tolist()
+
+    def _largest(self, values: torch.Tensor) -> torch.Tensor:
+        return all_reduce_max_(values.to(self.world.device), self.world.group).cpu()
