@@ -1,8 +1,8 @@
 """Host cache of frozen supports and teacher scores, from scoring until the last optimizer step that uses them.
 
 Bound: host memory. Only rows that count are stored: k x 8 + 16 bytes a row for the first teacher (int32 ids, float32
-log-probs, tail, lse, entropy, target), k x 4 + 16 for each further teacher of the same support. Pinned where the scores
-came from a CUDA device. Rows are found by sample id, so batches may be packed anew and split anew at every step.
+log-probs, tail, lse, entropy, target), k x 4 + 16 for each further teacher of the same support. Pinned where
+there is CUDA. Rows are found by sample id, so batches may be packed anew and split anew at every step.
 """
 
 from __future__ import annotations
@@ -217,8 +217,9 @@ def _spans(batch: RolloutBatch) -> dict[int, tuple[int, int]]:
 
 def _to_host(values: Tensor, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     compact = values.detach()[rows.to(values.device)].to(dtype or values.dtype)
-    if compact.device.type != "cuda":
+    if not torch.cuda.is_available():
         return compact.cpu()
+    # Pinned also where the scores were on the host already: they are on their way to the device, every step again.
     host = torch.empty(compact.shape, dtype=compact.dtype, pin_memory=True)
     # Blocking: the block may be read by the host right after. Scoring is not the hot path.
     return host.copy_(compact)

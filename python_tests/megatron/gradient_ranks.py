@@ -62,6 +62,7 @@ class Job:
         workspace_bytes: int | None = None,
         model_options: dict | None = None,
         overlapped: bool = False,
+        measure_overlap: bool = False,
         **layout,
     ):
         """A MegatronActor (or a `kind` of it) on a fresh model with the reference's weights."""
@@ -93,6 +94,7 @@ class Job:
             temperature=loss.temperature,
             state_weight_cap=loss.state_cap,
             policy_coefficient=loss.policy,
+            measure_overlap=measure_overlap,
             optimizer_steps_per_rollout=steps,
         )
         return (kind or MegatronActor)(
@@ -233,6 +235,10 @@ def splits(job: Job) -> dict[str, float]:
         "rows padded to 8": {"pad_to": 8},
         "gradients reduced during the backward": {"overlapped": True},
     }
+    if job.layout.pp > 1:
+        # Megatron's check of this option reads that of experts, which the model has none of.
+        exchange = {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+        ways["stages that exchange shapes"] = {"model_options": exchange}
     if job.layout.cp == 1:
         ways["padded, Megatron's own attention"] = {"packed": False, "context": None}
     found, first = {}, None
@@ -258,10 +264,14 @@ def _different(metrics: dict[str, float], others: dict[str, float]) -> float:
 def supports(job: Job) -> dict[str, float]:
     """Supports that teachers choose: their own top-k, and its union with the student's from one forward of the teacher.
 
-    With activations computed again in the backward, which calls everything but the loss twice.
+    With activations computed again in the backward, which calls everything but the loss twice. Then the student's
+    support, while the overlap with the teacher's is measured in the same forward.
     """
     again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     found = {}
+    actor = job.actor(ROUTED, measure_overlap=True)
+    found["student, overlap measured"] = job.errors(actor, job.samples, job.reference(ROUTED).gradients())[1]
+    assert 0 < job.metrics["topk_overlap/math"] < 1
     for support in ("teacher", "union"):
         loss = Loss("forward_kl", support, k=5)
         actor = job.actor(loss, model_options=again)

@@ -34,6 +34,7 @@ LAYOUTS = {
     "cp2 allgather": Layout(cp=2, context="allgather"),
     "pp2": Layout(pp=2),
     "dp2 distributed optimizer": Layout(dp=2, distributed_optimizer=True),
+    "dp2 cp2 distributed optimizer": Layout(dp=2, cp=2, distributed_optimizer=True),
     "tp2 cp2": Layout(tp=2, cp=2, sequence_parallel=True),
     "tp2 pp2": Layout(tp=2, pp=2, sequence_parallel=True),
 }
