@@ -151,6 +151,11 @@ class ScoreCache:
                 columns[name] = None
         return TokenScores(indices=indices, log_probs=log_probs, **columns)
 
+    def forget_values(self) -> None:
+        """Keep which samples were scored and how often they are used, not what was found: where no loss is computed."""
+        for block in (*self._supports.values(), *self._scores.values()):
+            block.tensors.clear()
+
     def require(self, batch: RolloutBatch, teachers: Sequence[tuple[str, Sequence[int]]]) -> None:
         """Raise where a support or a score of these sequences is missing or freed; moves nothing.
 

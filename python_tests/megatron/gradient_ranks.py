@@ -316,6 +316,7 @@ def steps(job: Job) -> dict[str, float]:
         actor = job.actor(ROUTED, steps=count)
         batch = job.share(job.samples)
         scored = actor.score_rollouts(batch, job.teachers)
+        assert (scored.nbytes > 0) == (job.groups.is_last_stage and bool(batch.loss_mask.any()))
         for _ in range(count):
             report = actor.train_step(batch, scored)
             assert report.update_successful
@@ -331,8 +332,8 @@ def steps(job: Job) -> dict[str, float]:
             name: p - models.split(name, before[name], job.layout.tp)[job.groups.tp_rank].float()
             for name, p in models.parameters(actor.walk.model).items()
         }
-        found[f"{count} steps"] = job.distance(own, moved)
         found[f"bytes held after {count}"] = float(scored.nbytes)
+        found[f"{count} steps"] = job.distance(own, moved)
     return found
 
 

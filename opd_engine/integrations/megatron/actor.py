@@ -112,11 +112,14 @@ class MegatronActor:
 
         batch: this data-parallel rank's share, the same on all its tensor, context and pipeline ranks
 
-        Returns: scores on the host, real on the last pipeline stage.
+        Returns: scores on the host of the last pipeline stage; the other stages only keep count of them.
         Raises: ValueError as opd_engine.distillation.score_rollouts, and where ranks were given different batches.
         """
         self._begin(batch)
-        return score_rollouts(batch, self.student, teachers, self.config)
+        scored = score_rollouts(batch, self.student, teachers, self.config)
+        if not self.student.holds_scores:
+            scored.cache.forget_values()
+        return scored
 
     def train_step(self, batch: RolloutBatch, scored: ScoredRollouts) -> StepReport:
         """One optimizer step on these samples; scores that no later step uses are freed.
