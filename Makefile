@@ -18,7 +18,7 @@ build_requires := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.24' ninja
 # Extras whose packages want another torch would replace it silently; the constraint makes that an error.
 constraint := .venv/torch-constraint.txt
 
-.PHONY: help run test test-integrations build lint format docs check clean distclean
+.PHONY: help run test test-integrations build lint format docs check gpu gpu-build gpu-check gpu-bench clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 24
@@ -27,7 +27,7 @@ run: build ## Do the main job: distil two small teachers into a student on polic
 	$(py) -m opd_engine train examples/arithmetic.toml
 
 test: build lint ## Lint, floors, unit tests, gloo ranks, a reduced main job, the README's example
-	$(py) -m pytest python_tests --ignore python_tests/integration --ignore python_tests/megatron --durations 15 $(PYTEST_ARGS)
+	$(py) -m pytest python_tests --ignore python_tests/integration --ignore python_tests/megatron --ignore python_tests/gpu --durations 15 $(PYTEST_ARGS)
 
 test-integrations: build .venv/.installed-integrations ## Foreign frameworks and the longer examples
 	$(py) -m pytest python_tests/integration python_tests/megatron --durations 15 $(PYTEST_ARGS)
@@ -51,6 +51,22 @@ docs: build .venv/.installed-docs ## Build the documentation into site/
 
 check: build ## The conformance table on this machine, in 2 processes
 	$(py) -m opd_engine check --tp 2
+
+# ---- A GPU machine, offline: its own Python with torch, nvcc, cmake, ninja, pybind11, pytest; no .venv -----------------
+GPU_ARCHS ?= 90a-real
+GPU_RECORDS ?= benchmarks/results/cuda_readme.jsonl
+
+gpu: gpu-build gpu-check gpu-bench ## On a machine with a GPU: build, conformance on CUDA, records; under 8 minutes
+
+gpu-build:
+	OPD_CUDA=ON OPD_CUDA_ARCHS=$(GPU_ARCHS) OPD_EMULATOR=OFF $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m opd_engine env
+
+gpu-check:
+	timeout 240 $(PYTHON) -m pytest python_tests/gpu -q --durations 5 $(PYTEST_ARGS)
+
+gpu-bench:
+	timeout 240 $(PYTHON) -m opd_engine bench --device cuda --shapes gpu --seconds 1 --compile-seconds 60 --out $(GPU_RECORDS)
 
 clean: ## Remove what was built, keep .venv
 	rm -rf build dist site *.egg-info opd_engine/_C*.so

@@ -20,7 +20,7 @@ _EPILOG = f"""cases:
   step                  one distillation step from logits, through opd_engine.distillation
 
 sets of shapes:
-{chr(10).join(f"  {name:<10}{text}" for name, (text, _) in SETS.items())}
+{chr(10).join(f"  {name:<12}{text}" for name, (text, _) in SETS.items())}
 
 examples:
   opd-engine bench                                   # every case, small

@@ -119,6 +119,16 @@ def _readme() -> Plan:
     return [*chosen, ("tp_merge", Shape(4_096, 151_936, tp_size=8)), ("step", head)]
 
 
+def _gpu() -> Plan:
+    """8,192 tokens, whole and one of 8 shards, a wide support and the smallest, one row alone."""
+    head = Shape(8_192, 151_936, dtype="bfloat16")
+    chosen: Plan = [(case, for_case(case, head)) for case in LOGIT_CASES[:5]]
+    chosen += [("topk", dataclasses.replace(head, **change)) for change in ({"k": 1_024}, {"dtype": "float32"})]
+    chosen += [(case, dataclasses.replace(head, tp_size=8)) for case in ("topk", "gather")]
+    chosen += [("loss_fwd_bwd_inplace", dataclasses.replace(head, k=1)), ("tp_merge", for_case("tp_merge", head))]
+    return [*chosen, *((case, dataclasses.replace(head, num_tokens=1)) for case in ("topk", "gather"))]
+
+
 def _scaling() -> Plan:
     ours = {"baselines": False}
     chosen: Plan = []
@@ -201,6 +211,7 @@ SETS: dict[str, tuple[str, Callable[[], Plan]]] = {
     "tiny": ("8 x 1,000: a second, to see that it runs", _tiny),
     "quick": ("32 x 32,000 in two dtypes: half a minute", _quick),
     "readme": ("256 x 151,936 and its neighbours: the tables of README.md and docs/performance.md", _readme),
+    "gpu": ("8,192 x 151,936 and its neighbours: what `make gpu` records, four minutes of a GPU", _gpu),
     "scaling": ("ours alone, 1e6 to 1e9 logits in T and in V; needs 10 GiB", _scaling),
     "patterns": ("ours alone, rows that hurt a threshold: sorted, constant, periodic, spiky", _patterns),
     "linear": ("2,048 x 65,536 from hidden states of 512: the LM head and the loss, ten minutes", _linear),

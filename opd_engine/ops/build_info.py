@@ -14,7 +14,7 @@ def build_info() -> dict[str, str]:
 
 
 def take_topk_fallbacks() -> int:
-    """Rows of top-k on the current CUDA device whose sampled floor missed since the last call, and were selected exactly.
+    """Rows of top-k on the current CUDA device whose sampled floor missed since the last call: they were read again.
 
     Returns: a count; the counter starts again at 0. Waits for the device: for diagnosis, not for the hot path.
     Raises: RuntimeError where the build has no CUDA kernels.

@@ -9,7 +9,7 @@
 
 namespace opd::cuda {
 
-constexpr int kDistillThreads = 1024;
+constexpr int kDistillThreads = 768;
 
 // Dynamic shared memory: the support's logits, its student log-probs, the upstream gradients, the backward's scratch,
 // the bitmap.
