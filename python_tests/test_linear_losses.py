@@ -169,6 +169,19 @@ def test_a_row_of_weight_0_adds_exactly_nothing():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_soft_cap_of_a_row_of_weight_0_is_selected_away(dtype):
+    """Its hidden state is NaN, so the slope is: 0 x NaN would reach the row's hidden gradient."""
+    hidden, weight = head(dtype)
+    with torch.no_grad():
+        hidden[3] = math.nan
+    weights = torch.ones(ROWS)
+    weights[3] = 0
+    got = linear_distill_loss(hidden, weight, teacher_scores(), token_weights=weights, logit_softcap=2.0)
+    (grad,) = torch.autograd.grad(got.loss, hidden)
+    assert got.loss.isfinite() and grad.isfinite().all() and not grad[3].any() and grad[2].all()
+
+
 def test_shapes_and_strides():
     """[s, b, H] of Megatron, its transpose, one row without dimensions, no row at all."""
     hidden, weight = head(rows=12)

@@ -199,6 +199,7 @@ def check_debug_raises_on_every_rank_what_one_finds(group):
         linear_distill_loss(hidden, weight, teacher, **common)
         other = hidden.detach().clone()
         other[3, 3] += rank == 1
+        linear_distill_loss(hidden, weight, teacher, divergence=lambda ours, theirs: ours.entropy, **common)
         raises_alike(
             group, "hidden: wanted the same on every rank", lambda: linear_topk_log_probs(other, weight, K, **common)
         )

@@ -146,13 +146,17 @@ def linear_distill_loss(
         lambda rows, checked: {
             **checked[0].description(),
             "teacher": f"{describe_tensor(checked[1])} {describe_tensor(checked[2].log_probs)}",
-            "divergence": f"{divergence} {tail} {beta} {alpha} {teacher_log_prob_min}",
+            "divergence": f"{_name_of(divergence)} {tail} {beta} {alpha} {teacher_log_prob_min}",
         },
     )
     setting = {"divergence": divergence, "beta": beta, "alpha": alpha, "tail": tail}
     setting["teacher_log_prob_min"] = teacher_log_prob_min
     job = _BucketJob(rows, chosen, indices=indices, teacher=constant, setting=setting)
     return apply_linear_loss(job, flat_rows(hidden), weight, bias, grad_scale)
+
+
+def _name_of(divergence: Divergence) -> str:
+    return getattr(divergence, "__qualname__", "a function") if callable(divergence) else divergence
 
 
 def _check_teacher(teacher: TokenScores, hidden: Tensor, rows: LinearRows) -> tuple[Tensor, TokenScores]:
