@@ -91,4 +91,16 @@ const VariantKernels* variant_kernels() {
   return chosen;
 }
 
+// A merge knows no logits, so nobody has asked yet whether the variant exists.
+static const VariantKernels& merges() { return variant_kernels() == nullptr ? baseline::kKernels : *variant_kernels(); }
+
+void merge_topk(const MergeTopkParams& p, int64_t begin, int64_t end) { merges().merge_topk(p, begin, end); }
+void merge_gather(const MergeGatherParams& p, int64_t begin, int64_t end) { merges().merge_gather(p, begin, end); }
+void combine_topk_partials(const MergeTopkParams& p, int32_t* combined, int64_t begin, int64_t end) {
+  merges().combine_topk_partials(p, combined, begin, end);
+}
+void combine_gather_partials(const MergeGatherParams& p, int64_t begin, int64_t end) {
+  merges().combine_gather_partials(p, begin, end);
+}
+
 }  // namespace opd::cpu

@@ -1,5 +1,5 @@
 // The CPU home of every op: each function computes rows [begin, end) and is called from several threads at once.
-// The vocabulary-sized passes exist once per instruction set (variant/); the k-sized ones once (merge.cpp, bucket.cpp).
+// The vocabulary-sized passes and the merges exist once per instruction set (variant/); the buckets once (bucket.cpp).
 #pragma once
 
 #include "kernels/params.h"
@@ -13,6 +13,10 @@ struct VariantKernels {
   void (*scores_backward)(const ScoresBackwardParams&, int64_t begin, int64_t end);
   void (*full_divergence)(const FullDivergenceParams&, int64_t begin, int64_t end);
   void (*full_divergence_backward)(const FullDivergenceParams&, int64_t begin, int64_t end);
+  void (*merge_topk)(const MergeTopkParams&, int64_t begin, int64_t end);
+  void (*merge_gather)(const MergeGatherParams&, int64_t begin, int64_t end);
+  void (*combine_topk_partials)(const MergeTopkParams&, int32_t* combined, int64_t begin, int64_t end);
+  void (*combine_gather_partials)(const MergeGatherParams&, int64_t begin, int64_t end);
 };
 
 // The best variant this processor runs, chosen once; OPD_CPU_VARIANT=baseline|avx2|avx512|neon forces one.

@@ -5,96 +5,76 @@
 // k-th largest logit, whatever the row holds, and striding spreads sorted rows over all sets. Pass 2 lifts what reaches
 // the floor into a candidate buffer and sums the exponentials of the rest; candidates that lose are summed too, so the
 // tail is never a difference. Order: value descending, then id ascending; -inf is never a candidate. The winners leave
-// unsorted: the merge sorts once.
+// in the order of their columns: the merge sorts once.
 #include <algorithm>
 #include <memory>
 
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/variant/select.h"
 #include "kernels/cpu/variant/statistics.h"
 
 namespace opd::cpu::OPD_CPU_VARIANT {
 
 namespace {
 
-// A candidate's place in the total order as one comparable value. Columns are local to the shard.
-template <class C>
-struct Key;
-template <>
-struct Key<float> {  // order-preserving bits of the value above the complement of the column: one integer comparison
-  uint64_t bits;
-  static Key make(float value, int64_t column) {
-    const uint32_t raw = bit_cast<uint32_t>(value + 0.0f);  // -0.0 equals +0.0
-    const uint32_t ordered = raw & 0x80000000u ? ~raw : raw | 0x80000000u;
-    return {static_cast<uint64_t>(ordered) << 32 | ~static_cast<uint32_t>(column)};
-  }
-  float value() const {
-    const uint32_t ordered = static_cast<uint32_t>(bits >> 32);
-    return bit_cast<float>(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
-  }
-  int64_t column() const { return ~static_cast<uint32_t>(bits); }
-  bool better_than(const Key& other) const { return bits > other.bits; }
-};
-template <>
-struct Key<double> {
-  double logit;
-  int64_t local_column;
-  static Key make(double value, int64_t column) { return {value, column}; }
-  double value() const { return logit; }
-  int64_t column() const { return local_column; }
-  bool better_than(const Key& other) const {
-    return logit > other.logit || (logit == other.logit && local_column < other.local_column);
-  }
-};
-template <class C>
-struct Better {
-  bool operator()(const Key<C>& a, const Key<C>& b) const { return a.better_than(b); }
-};
-template <class C>
-struct Greater {
-  bool operator()(C a, C b) const { return a > b; }
-};
-
+// Candidates in ascending order of their columns, which are local to the shard.
 template <class C>
 class TopkBuffer {
  public:
   explicit TopkBuffer(int64_t k)
-      : k_(k), capacity_(2 * k + 1024), keys_(new Key<C>[capacity_]), losers_(new C[round_up_to_group<C>(capacity_)]) {}
+      : k_(k),
+        capacity_(2 * k + 1024),
+        values_(new OrderedOf<C>[capacity_]),
+        columns_(new int32_t[capacity_]),
+        losers_(new C[round_up_to_group<C>(capacity_)]) {}
   void reset(C floor) {
     size_ = 0;
     floor_ = floor;
   }
   C floor() const { return floor_; }
   int64_t size() const { return size_; }
-  const Key<C>& operator[](int64_t i) const { return keys_[i]; }
+  C value(int64_t i) const { return value_of(values_[i]); }
+  int64_t column(int64_t i) const { return columns_[i]; }
 
   template <bool kCompensate>
   void add(C value, int64_t column, double temperature, Statistics* rest) {
     if (size_ == capacity_) keep_best<kCompensate>(temperature, rest);
     if (value > floor_) {
-      keys_[size_++] = Key<C>::make(value, column);
+      values_[size_] = ordered(value);
+      columns_[size_++] = static_cast<int32_t>(column);
     } else {
       rest->add_logit(value, temperature);
     }
   }
-  // Drops all but the k best into `rest`. Columns arrive in ascending order, so a later equal of the k-th loses:
-  // the floor may rise to the k-th itself.
+  // Drops all but the k best into `rest`. Of equals the first win, so one that comes later and equals the k-th loses:
+  // the floor may rise to the bound itself.
   template <bool kCompensate>
   void keep_best(double temperature, Statistics* rest) {
     if (size_ <= k_) return;
-    std::nth_element(keys_.get(), keys_.get() + k_ - 1, keys_.get() + size_, Better<C>());
-    const int64_t lost = size_ - k_, padded = round_up_to_group<C>(lost);
-    for (int64_t i = 0; i < lost; ++i) losers_[i] = keys_[k_ + i].value();
+    Selection<OrderedOf<C>> best(values_.get(), size_, k_);
+    int64_t kept = 0, lost = 0;
+    for (int64_t i = 0; i < size_; ++i) {
+      const OrderedOf<C> value = values_[i];
+      const bool taken = best.take(value);
+      losers_[lost] = value_of(value);
+      values_[kept] = value;
+      columns_[kept] = columns_[i];
+      kept += taken;
+      lost += !taken;
+    }
+    const int64_t padded = round_up_to_group<C>(lost);
     std::fill(losers_.get() + lost, losers_.get() + padded, -std::numeric_limits<C>::infinity());
     const Groups<C> groups{losers_.get(), padded / kGroup<C>};
     add_groups<C, kCompensate>(groups, maximum<C>(groups), temperature, rest);
     size_ = k_;
-    floor_ = keys_[k_ - 1].value();
+    floor_ = value_of(best.bound);
   }
 
  private:
   int64_t k_, capacity_, size_ = 0;
   C floor_ = 0;
-  std::unique_ptr<Key<C>[]> keys_;
+  std::unique_ptr<OrderedOf<C>[]> values_;
+  std::unique_ptr<int32_t[]> columns_;
   std::unique_ptr<C[]> losers_;
 };
 
@@ -110,7 +90,8 @@ int64_t num_maxima_vectors(int64_t valid, int64_t k) {
 
 // Strictly below the k-th largest logit, or -inf; NaN is left out.
 template <class Scalar, class C>
-C find_floor(const Scalar* logits, int64_t valid, int64_t k, int64_t vectors, C* buffer, VecOf<C>* maxima) {
+C find_floor(const Scalar* logits, int64_t valid, int64_t k, int64_t vectors, C* buffer, VecOf<C>* maxima,
+             OrderedOf<C>* values) {
   constexpr C kLowest = -std::numeric_limits<C>::infinity();
   std::fill(maxima, maxima + vectors, splat<C>(kLowest));
   int64_t slot = 0;
@@ -122,9 +103,13 @@ C find_floor(const Scalar* logits, int64_t valid, int64_t k, int64_t vectors, C*
       for (int v = 0; v < 8; ++v) group[v] = max<C>(load(chunk + i + v * kLanes<C>), group[v]);
     }
   }
-  C* values = reinterpret_cast<C*>(maxima);
-  std::nth_element(values, values + k - 1, values + vectors * kLanes<C>, Greater<C>());
-  return std::nextafter(values[k - 1], kLowest);  // candidates are strictly above it
+  for (int64_t j = 0; j < vectors; ++j) {
+    C lanes[kLanes<C>];
+    store(lanes, maxima[j]);
+    for (int lane = 0; lane < kLanes<C>; ++lane) values[j * kLanes<C> + lane] = ordered(lanes[lane]);
+  }
+  // Candidates are strictly above the floor; a few more of them cost less than the last steps of the search.
+  return std::nextafter(value_of(bound_of_largest(values, vectors * kLanes<C>, k, k / 8 + 4)), kLowest);
 }
 
 template <class Scalar>
@@ -137,13 +122,15 @@ void rows_of(const TopkPartialsParams& p, int64_t begin, int64_t end) {
   const int64_t vectors = num_maxima_vectors<C>(valid, p.k);
   alignas(64) C buffer[kChunk<C>];
   const std::unique_ptr<VecOf<C>[]> maxima(new VecOf<C>[vectors + 1]);
+  const std::unique_ptr<OrderedOf<C>[]> ordered_maxima(new OrderedOf<C>[vectors * kLanes<C> + 1]);
   TopkBuffer<C> candidates(std::max<int64_t>(std::min(p.k, valid), 1));
   const int64_t words_per_score = sizeof(Score) / sizeof(int32_t);
   for (int64_t row = begin; row < end; ++row) {
     const Scalar* logits = row_pointer<Scalar>(p.logits, row);
     const double temperature = temperature_of(p.temperature, row);
     Statistics rest, total;
-    candidates.reset(vectors > 0 ? find_floor(logits, valid, p.k, vectors, buffer, maxima.get()) : kLowest);
+    candidates.reset(vectors > 0 ? find_floor(logits, valid, p.k, vectors, buffer, maxima.get(), ordered_maxima.get())
+                                 : kLowest);
     for (int64_t start = 0; start < valid && !rest.poisoned; start += kChunk<C>) {
       const int64_t count = std::min(kChunk<C>, valid - start), padded = round_up_to_group<C>(count);
       GroupedChunk<C> chunk(chunk_of(logits + start, count, buffer), padded, buffer, logits + start + count,
@@ -177,15 +164,15 @@ void rows_of(const TopkPartialsParams& p, int64_t begin, int64_t end) {
     if (!rest.poisoned) {
       candidates.template keep_best<kCompensate>(temperature, &rest);
       total = rest;
-      const auto winner = [&](int64_t j) { return candidates[j].value(); };
+      const auto winner = [&](int64_t j) { return candidates.value(j); };
       add_logits<C, kCompensate>(candidates.size(), winner, temperature, buffer, &total);
       kept = total.poisoned ? 0 : candidates.size();
     }
     write_statistics(total, rest, score);
     for (int64_t j = 0; j < p.k; ++j) {
-      const Score value = static_cast<Score>(j < kept ? candidates[j].value() : kLowest);
+      const Score value = static_cast<Score>(j < kept ? candidates.value(j) : kLowest);
       std::memcpy(packed + j * words_per_score, &value, sizeof(value));
-      ids[j] = j < kept ? static_cast<int32_t>(candidates[j].column() + p.vocab_start_index) : -1;
+      ids[j] = j < kept ? static_cast<int32_t>(candidates.column(j) + p.vocab_start_index) : -1;
     }
     std::memcpy(packed + p.k * words_per_score, score, sizeof(score));
     if (p.target != nullptr) {
