@@ -14,15 +14,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "cmake"))
 from find_torch import find_torch  # noqa: E402
 
-DEFAULTS = {"OPD_CUDA": "AUTO", "OPD_CUDA_ARCHS": "80-real;90a-real;100a-real;120-real", "OPD_WERROR": "OFF", "OPD_EMULATOR": "OFF"}
+DEFAULTS = {
+    "OPD_CUDA": "AUTO",
+    "OPD_CUDA_ARCHS": "80-real;90a-real;100a-real;120-real",
+    "OPD_WERROR": "OFF",
+    "OPD_EMULATOR": "OFF",
+}
+
+REQUIRES = "pip install 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.24' ninja"
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    # An older one stops at pyproject.toml's license with a message that helps nobody.
+    sys.exit(f"opd_engine: setuptools {setuptools.__version__} is too old to build without isolation; {REQUIRES}")
 
 
 def tool(name: str) -> str:
@@ -36,7 +49,7 @@ def tool(name: str) -> str:
         pass
     found = shutil.which(name)
     if not found:
-        sys.exit(f"opd_engine: {name} is missing; pip install {name}")
+        sys.exit(f"opd_engine: {name} is missing; {REQUIRES}")
     return found
 
 
@@ -50,6 +63,14 @@ def replace_if_changed(source: Path, target: Path) -> None:
     os.replace(part, target)
 
 
+class DistInfo(dist_info):
+    """The metadata of a wheel, asked for before its dependencies are fetched: stop before gigabytes of torch come."""
+
+    def run(self):
+        find_torch()
+        super().run()
+
+
 class BuildPy(build_py):
     def run(self):
         # A reused build/lib would put modules deleted since into the wheel.
@@ -60,12 +81,14 @@ class BuildPy(build_py):
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
+        try:
+            import pybind11
+        except ImportError:
+            sys.exit(f"opd_engine: pybind11 is missing; {REQUIRES}")
         torch_dir, torch_version = find_torch()
         environment = hashlib.sha256(f"{sys.prefix}|{torch_dir}".encode()).hexdigest()[:8]
         build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{environment}"
         build_dir.mkdir(parents=True, exist_ok=True)
-        import pybind11
-
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
@@ -98,5 +121,5 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[Extension("opd_engine._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy, "dist_info": DistInfo},
 )

@@ -116,6 +116,14 @@ def test_without_torch_the_build_stops_at_once_and_says_what_to_do(miniature, tm
     assert time.monotonic() - began < 20
 
 
+def test_an_older_setuptools_is_named_and_what_to_install(tmp_path):
+    """pip without isolation takes the setuptools of the environment; an old one fails on pyproject.toml, obscurely."""
+    program = "import setuptools; setuptools.__version__ = '65.5.0'; exec(open('setup.py').read())"
+    ran = run(sys.executable, "-c", f"__file__ = 'setup.py'; {program}", cwd=ROOT, env=environment())
+    assert ran.returncode != 0 and ran.stderr.count("\n") == 1
+    assert "setuptools 65.5.0 is too old" in ran.stderr and "'pybind11>=2.13'" in ran.stderr
+
+
 def test_an_older_torch_is_named(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/version.py").write_text("__version__ = '2.8.0+cpu'\n")
