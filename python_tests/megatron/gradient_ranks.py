@@ -239,6 +239,7 @@ def splits(job: Job) -> dict[str, float]:
         # Megatron's check of this option reads that of experts, which the model has none of.
         exchange = {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
         ways["stages that exchange shapes"] = {"model_options": exchange}
+        ways["outputs freed once sent"] = {"model_options": {"deallocate_pipeline_outputs": True}}
     if job.layout.cp == 1:
         ways["padded, Megatron's own attention"] = {"packed": False, "context": None}
     found, first = {}, None
