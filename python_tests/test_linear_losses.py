@@ -123,8 +123,11 @@ def test_rows_left_out():
     kept = torch.tensor([7, 0, 4, 3])
     weights = torch.rand(ROWS, generator=torch.Generator().manual_seed(2)) + 0.5
     masked = torch.zeros(ROWS).index_copy(0, kept, weights[kept])
-    loss, wanted = by_logits(hidden, weight, masked)
-    temperature = torch.ones(ROWS)
+    temperature = torch.linspace(0.5, 2.0, ROWS)
+    whole = linear_distill_loss(
+        hidden, weight, teacher_scores(), token_weights=masked, temperature=temperature, workspace_bytes=VOCAB * 8
+    )
+    loss, wanted = whole.loss, torch.autograd.grad(whole.loss, (hidden, weight))
     with torch.no_grad():
         hidden[[1, 2, 5, 6, 8, 9]] = math.nan
     with Chunks() as rows:
@@ -138,6 +141,7 @@ def test_rows_left_out():
     assert rows == [3, 1]
     close([got.loss], [loss])
     close(torch.autograd.grad(got.loss, (hidden, weight)), wanted)
+    close([got.token_losses[kept]], [whole.token_losses[kept]])
     assert not got.token_losses[[1, 2, 5, 6, 8, 9]].any() and got.token_losses[kept].all()
     full = linear_full_distill_loss(
         *(hidden, weight, head(seed=3)[0].detach(), head(seed=3)[1].detach()), token_weights=weights, loss_rows=kept
