@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -130,13 +131,42 @@ def training_modes(job: Job) -> dict[str, bool]:
     hook = frozen.register_forward_pre_hook(lambda *args: during.append(any(m.training for m in module.modules())))
     actor.score_rollouts(job.share(job.samples), job.teachers)
     hook.remove()
+    inside = made_inside_the_context(job, batch=job.share(job.samples))
     teachers = [job.teachers[name].module for name in job.teachers.names]
     return {
+        "inputs made inside the scoring context": inside,
         "restored": before == [part.training for part in module.modules()],
         "eval while scoring": bool(during) and not any(during),
         "teachers stay in eval": not any(part.training for teacher in teachers for part in teacher.modules()),
         "teachers have no gradients": all(p.grad is None for teacher in teachers for p in teacher.parameters()),
     }
+
+
+def made_inside_the_context(job: Job, batch) -> bool:
+    """A teacher that waits on the host is on the device within its context alone: what is fed must be made there."""
+    from opd_engine.integrations.megatron import MegatronScorer
+
+    active, seen = [], []
+
+    @contextlib.contextmanager
+    def staged():
+        active.append(1)
+        yield
+        active.pop()
+
+    scorer = MegatronScorer(
+        job.teachers["math"].walk.model, vocab_size=61, layout=job.batch_layout, scoring=staged, keep_eval=True
+    )
+    make = scorer.walk.micro_inputs
+
+    def noted(*args):
+        seen.append(bool(active))
+        return make(*args)
+
+    scorer.walk.micro_inputs = noted
+    scorer.topk(batch, 3)
+    scorer.next_token_logits(batch)
+    return len(seen) >= 3 and all(seen) and not active
 
 
 def student_passes(job: Job) -> dict[str, int]:

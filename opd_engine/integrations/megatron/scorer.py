@@ -168,10 +168,10 @@ class MegatronScorer:
 
         with self._scoring_pass():
             parts = self.walk.forward(self.walk.micro_inputs(batch, last), last_rows)
-        result = torch.zeros(batch.num_seqs, self.vocab_size, device=self.walk.device)
-        if parts:
-            result = torch.cat(parts).contiguous()
-        return broadcast_(result, groups.pp if groups.pp_size > 1 else None, source=groups.pp_size - 1)
+            result = torch.zeros(batch.num_seqs, self.vocab_size, device=self.walk.device)
+            if parts:
+                result = torch.cat(parts).contiguous()
+            return broadcast_(result, groups.pp if groups.pp_size > 1 else None, source=groups.pp_size - 1)
 
     @contextlib.contextmanager
     def _scoring_pass(self) -> Iterator[None]:
@@ -228,15 +228,19 @@ class MegatronScorer:
         """Every micro-batch's scores, one after the other, on the host; placeholders where this stage has none."""
         if batch.num_seqs == 0:
             return placeholder(batch, width, indices, with_target)
-        inputs = self.walk.micro_inputs(batch)
-        ends = torch.tensor([micro.batch.num_tokens for micro in inputs]).cumsum(0).tolist()
-        places = {id(micro): slice(end - micro.batch.num_tokens, end) for micro, end in zip(inputs, ends)}
+        places: dict[int, slice] = {}
 
         def on_last_stage(micro: MicroInput, hidden: Tensor) -> TokenScores:
             at_head = self.walk.head.rows(hidden, micro.output_rows)
             return score_micro(micro, at_head, places[id(micro)]).to("cpu")
 
         with self._scoring_pass():
+            # Inside: a staged teacher is on the device only now, and its inputs go where it is.
+            inputs = self.walk.micro_inputs(batch)
+            end = 0
+            for micro in inputs:
+                places[id(micro)] = slice(end, end + micro.batch.num_tokens)
+                end += micro.batch.num_tokens
             parts = self.walk.forward(inputs, on_last_stage)
         return _joined(parts) if parts else placeholder(batch, width, indices, with_target)
 
