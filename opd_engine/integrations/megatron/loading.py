@@ -27,20 +27,32 @@ TOKEN_MAP = "token_to_id.json"
 """Beside a distributed checkpoint, which has no tokenizer of its own: {token: id}."""
 
 
+# Every class that torch and Megatron write into a checkpoint's metadata; none of them runs anything when it is made.
 _KNOWN = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "collections": ("OrderedDict",),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath"),
 }
-_KNOWN_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     """Reads what torch's distributed checkpoints write of tensors, and refuses every other class."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _KNOWN or (module in _KNOWN_MODULES and "." not in name):
+        if name in _KNOWN.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
