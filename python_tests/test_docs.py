@@ -67,10 +67,9 @@ def test_the_readme_leads_from_the_loss_to_the_kernel_in_at_most_five_files():
     assert 2 <= len(steps) <= 5
     assert "def distill_loss" in (ROOT / steps[0]).read_text()
     assert steps[-1].startswith("csrc/kernels/")
-    # Each step names something that the next one holds.
-    for name, path in {"bucket_divergence": steps[1:4], "divergence.h": steps[3:4]}.items():
-        for step in path:
-            assert name in (ROOT / step).read_text(), f"{step} does not mention {name}"
+    # Each step holds the same op: called, differentiated, checked, launched, computed.
+    for step in steps:
+        assert re.search(r"bucket_divergence[(\"]", (ROOT / step).read_text()), f"{step} is off the path"
 
 
 def parameters(target) -> list[str]:
