@@ -19,6 +19,7 @@ inline Pieces pieces_for_threads(const LogitsView& logits) {
   int64_t count = rows == 0 ? 1 : kRowsThatFillThreads / rows;
   if (count > logits.width / kMinColumns) count = logits.width / kMinColumns;
   if (count <= 1) return {1, logits.width};
+  while ((count & (count - 1)) != 0) count &= count - 1;  // a power of two: as many pieces for each thread
   const int64_t columns = ((logits.width + count - 1) / count + kGranularity - 1) / kGranularity * kGranularity;
   return {(logits.width + columns - 1) / columns, columns};
 }

@@ -162,6 +162,60 @@ OPD_INLINE void narrow(const C* buffer, int64_t count, Scalar* target) {
   for (; i < count; ++i) target[i] = round_to<Scalar>(buffer[i]);
 }
 
+// Half-precision types that are widened to float and rounded back in registers.
+template <class Scalar>
+constexpr bool kInRegisters = std::is_same<ComputeOf<Scalar>, float>::value &&
+#if defined(__F16C__)
+                              (std::is_same<Scalar, BFloat16>::value || std::is_same<Scalar, Float16>::value);
+#else
+                              std::is_same<Scalar, BFloat16>::value;
+#endif
+
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+
+OPD_INLINE FloatVec load_floats(const BFloat16* source) {
+  HalfBits bits;
+  std::memcpy(&bits, source, sizeof(bits));
+#if defined(__AVX512F__)
+  return (FloatVec)((UInt32Vec)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits) << 16);
+#else
+  return (FloatVec)(__builtin_convertvector(bits, UInt32Vec) << 16);
+#endif
+}
+// Two vectors to consecutive elements.
+// Round to nearest even; there is no NaN.
+OPD_INLINE void store_floats(BFloat16* target, FloatVec first, FloatVec second) {
+  const UInt32Vec a = (UInt32Vec)first + 0x7fffu + (((UInt32Vec)first >> 16) & 1u);
+  const UInt32Vec b = (UInt32Vec)second + 0x7fffu + (((UInt32Vec)second >> 16) & 1u);
+#if defined(__AVX512F__)
+  alignas(64) static constexpr uint16_t kUpperHalves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                            23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                            45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  _mm512_storeu_si512(target, _mm512_permutex2var_epi16((__m512i)a, _mm512_load_si512(kUpperHalves), (__m512i)b));
+#else
+  const HalfBits halves[2] = {__builtin_convertvector(a >> 16, HalfBits), __builtin_convertvector(b >> 16, HalfBits)};
+  std::memcpy(target, halves, sizeof(halves));
+#endif
+}
+#if defined(__F16C__)
+OPD_INLINE FloatVec load_floats(const Float16* source) {
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#else
+  return (FloatVec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#endif
+}
+OPD_INLINE void store_floats(Float16* target, FloatVec first, FloatVec second) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_maskz_cvtps_ph(0xffff, (__m512)first, 0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + 16), _mm512_maskz_cvtps_ph(0xffff, (__m512)second, 0));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph((__m256)first, 0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target + 8), _mm256_cvtps_ph((__m256)second, 0));
+#endif
+}
+#endif
+
 template <class Scalar>
 OPD_INLINE Scalar* row_pointer(const LogitsView& logits, int64_t row) {
   return static_cast<Scalar*>(logits.data) + row_offset(logits, row);

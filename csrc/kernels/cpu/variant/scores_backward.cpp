@@ -48,22 +48,47 @@ void fill(Scalar* grad, int64_t count, double value) {
   std::fill(grad, grad + count, rounded);
 }
 
-// dz = E (offset + slope log2 E) of a chunk; target may be the chunk itself.
+// dz = E (offset + slope log2 E).
 template <class C>
 struct Stream {
   ExponentScale<C> scale;
   C offset, slope;
 
+  OPD_ALWAYS_INLINE VecOf<C> gradient(VecOf<C> e, VecOf<C> exponent2) const {
+    const VecOf<C> dz = e * (offset + slope * exponent2);
+    return e > C{0} ? dz : VecOf<C>{};  // also where the factor is infinite
+  }
+  // Of a chunk; target may be the chunk itself.
   template <bool kOffset>
   OPD_ALWAYS_INLINE void run(const C* chunk, int64_t count, C* target) const {
     for (int64_t i = 0; i < count; i += kLanes<C>) {
       VecOf<C> exponent2;
       const VecOf<C> e = exp_scaled<C, kOffset>(load(chunk + i), scale, &exponent2);
-      const VecOf<C> dz = e * (offset + slope * exponent2);
-      store(target + i, e > C{0} ? dz : VecOf<C>{});  // also where the factor is infinite
+      store(target + i, gradient(e, exponent2));
     }
   }
 };
+
+// The leading whole vectors of a row in half precision, widened and rounded in registers: no buffer between. Returns
+// how many columns that were; 0 where the gradient may hold a NaN, which rounding would have to look for.
+template <class Scalar, class C>
+OPD_INLINE int64_t run_in_registers(const Stream<C>& stream, const Scalar* logits, int64_t count, Scalar* grad) {
+  if constexpr (kInRegisters<Scalar>) {
+    if (!std::isfinite(stream.offset) || !std::isfinite(stream.slope)) return 0;
+    const auto gradient = [&](const Scalar* source) {
+      FloatVec exponent2;
+      const FloatVec e = exp_scaled_rough(load_floats(source), stream.scale, &exponent2);
+      return stream.gradient(e, exponent2);
+    };
+    const int64_t whole = count / (2 * kLanes<C>)*(2 * kLanes<C>);
+    for (int64_t i = 0; i < whole; i += 2 * kLanes<C>) {
+      store_floats(grad + i, gradient(logits + i), gradient(logits + i + kLanes<C>));
+    }
+    return whole;
+  }
+  static_cast<void>(stream), static_cast<void>(logits), static_cast<void>(count), static_cast<void>(grad);
+  return 0;
+}
 
 template <class Scalar>
 void rows_of(const ScoresBackwardParams& p, int64_t begin, int64_t end) {
@@ -136,8 +161,12 @@ void rows_of(const ScoresBackwardParams& p, int64_t begin, int64_t end) {
         b = u.entropy == 0 ? 0 : -u.entropy * tail_share * kLn2;
       }
       const Stream<C> stream{exponent_scale<C>(m_tail, t), static_cast<C>(a / t), static_cast<C>(b / t)};
+      const int64_t streamed = run_in_registers(stream, logits, valid, grad);
       int64_t next = 0;
-      for (int64_t start = 0; start < valid; start += kChunk<C>) {
+      for (; next < num_exceptions && exceptions[next].column < streamed; ++next) {
+        grad[exceptions[next].column] = round_to<Scalar>(static_cast<C>(exception_grads[next]));
+      }
+      for (int64_t start = streamed; start < valid; start += kChunk<C>) {
         const int64_t count = std::min(kChunk<C>, valid - start), padded = round_up_to_group<C>(count);
         const C* chunk = chunk_of(logits + start, count, buffer);
         C* out = buffer;

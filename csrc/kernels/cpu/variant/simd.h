@@ -149,6 +149,14 @@ OPD_INLINE FloatVec exp2_fraction(FloatVec f) {
   p = p * f + 0.69314721629f;
   return p * f + 1.0f;
 }
+// The same to 3.7e-06, for results that are rounded to 11 bits or fewer.
+OPD_INLINE FloatVec exp2_fraction_rough(FloatVec f) {
+  FloatVec p = splat<float>(0.009785046618f);
+  p = p * f + 0.05598297161f;
+  p = p * f + 0.2402066076f;
+  p = p * f + 0.6931127335f;
+  return p * f + 1.0f;
+}
 // e^r on |r| <= ln(2) / 2.
 OPD_INLINE DoubleVec exp_fraction(DoubleVec r) {
   DoubleVec p = splat<double>(1.0 / 6227020800.0);
@@ -264,6 +272,18 @@ OPD_INLINE VecOf<C> exp_scaled(VecOf<C> z, const ExponentScale<C>& s, VecOf<C>* 
   *exponent2 = y;
   return y > Traits<C>::kMinExponent ? e : Vec{};
 }
+
+#if OPD_HAS_FMA
+// The same to 1e-5, for results that are rounded to 11 bits or fewer.
+OPD_INLINE FloatVec exp_scaled_rough(FloatVec z, const ExponentScale<float>& s, FloatVec* exponent2) {
+  const FloatVec d = max<float>(splat<float>(s.floor), z) - s.max, c = splat<float>(s.c_high);
+  const FloatVec y = d * c, rounded = y + Traits<float>::kRoundMagic;
+  const FloatVec f = fma(d, c, -(rounded - Traits<float>::kRoundMagic));
+  const FloatVec e = scale_by_power_of_two<float>(exp2_fraction_rough(f), rounded);
+  *exponent2 = y;
+  return y > Traits<float>::kMinExponent ? e : FloatVec{};
+}
+#endif
 
 // Sums of vectors of the compute type, lane by lane in double.
 template <class C>
