@@ -68,24 +68,23 @@ def topk_log_probs(
     rows, flat_target = check_together(
         shard, _device(logits), check, lambda checked: {"k": k, **describe_rows(checked[0], target=checked[1])}
     )
-    with torch.no_grad():
-        packed = torch.ops.opd_engine.topk_partials(
-            rows.logits.detach(),
-            k,
-            flat_target,
-            rows.shard.vocab_start_index,
-            rows.shard.vocab_size,
-            rows.temperature,
-            rows.row_temperature,
-        )
-        indices, *row_scores = torch.ops.opd_engine.merge_topk(
-            all_gather_stacked(packed, rows.shard.merge_group),
-            k,
-            flat_target,
-            rows.shard.vocab_size,
-            rows.temperature,
-            rows.row_temperature,
-        )
+    packed = torch.ops.opd_engine.topk_partials(
+        rows.logits.detach() if rows.logits.requires_grad else rows.logits,
+        k,
+        flat_target,
+        rows.shard.vocab_start_index,
+        rows.shard.vocab_size,
+        rows.temperature,
+        rows.row_temperature,
+    )
+    indices, *row_scores = torch.ops.opd_engine.merge_topk(
+        all_gather_stacked(packed, rows.shard.merge_group),
+        k,
+        flat_target,
+        rows.shard.vocab_size,
+        rows.temperature,
+        rows.row_temperature,
+    )
     return _token_scores(rows, indices, row_scores, has_target=flat_target is not None)
 
 
@@ -165,14 +164,18 @@ def _device(logits: object) -> torch.device:
 def _token_scores(rows: LogitRows, indices: Tensor, row_scores: tuple[Tensor, ...], *, has_target: bool) -> TokenScores:
     """The merge's flat outputs, under the logits' leading shape."""
     log_probs, tail_log_prob, lse, entropy, target_log_prob = row_scores
-    k = indices.size(-1)
+    if len(rows.leading_shape) != 1:
+        k = indices.size(-1)
+        indices, log_probs = (value.view(*rows.leading_shape, k) for value in (indices, log_probs))
+        tail_log_prob, lse, entropy = (value.view(rows.leading_shape) for value in (tail_log_prob, lse, entropy))
+        target_log_prob = target_log_prob.view(rows.leading_shape) if has_target else None
     return TokenScores(
-        indices=indices.view(*rows.leading_shape, k),
-        log_probs=log_probs.view(*rows.leading_shape, k),
-        tail_log_prob=tail_log_prob.view(rows.leading_shape),
-        lse=lse.view(rows.leading_shape),
-        entropy=entropy.view(rows.leading_shape),
-        target_log_prob=target_log_prob.view(rows.leading_shape) if has_target else None,
+        indices=indices,
+        log_probs=log_probs,
+        tail_log_prob=tail_log_prob,
+        lse=lse,
+        entropy=entropy,
+        target_log_prob=target_log_prob if has_target else None,
     )
 
 
