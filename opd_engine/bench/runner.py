@@ -30,6 +30,8 @@ from opd_engine.bench.timing import Impl, interleave
 _EAGER_COPIES = 8
 # Ours needs the original, a copy to overwrite or a gradient, and for two models the teacher's.
 _OUR_COPIES = 3
+# A single row takes as long as an interpreter whose code has just been evicted by another implementation.
+_SMALL_ELEMENTS, _CALLS_OF_A_SMALL_SAMPLE = 1 << 18, 10
 
 
 @dataclasses.dataclass
@@ -168,6 +170,7 @@ class _Session:
             seconds=settings.seconds,
             min_rounds=settings.min_rounds,
             threads=settings.threads,
+            calls=_CALLS_OF_A_SMALL_SAMPLE if shape.elements <= _SMALL_ELEMENTS else 1,
         )
         return [self._record(case, shape, workload, *checks, timed) for checks, timed in zip(checked, samples)]
 

@@ -51,12 +51,15 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 50,
     threads: int | None = None,
+    calls: int = 1,
 ) -> list[list[float]]:
     """Samples in microseconds of each implementation, in rounds; the order within a round rotates.
 
     seconds: rounds go on until this is spent, but for min_rounds and max_rounds
+    calls: of a sample on a CPU, one after another, each on a buffer of its own; the sample is their mean
     threads: of implementations that do not say; None leaves the number alone
     """
+    calls = 1 if device.type == "cuda" else calls
     sample = _cuda_sample if device.type == "cuda" else _cpu_sample
     samples: list[list[float]] = [[] for _ in impls]
     default = torch.get_num_threads() if threads is None else threads
@@ -73,10 +76,12 @@ def interleave(
                 if device.type == "cpu" and torch.get_num_threads() != wanted:
                     torch.set_num_threads(wanted)
                     number = _untimed(impl, number, num_buffers)  # the pool starts or ends threads now
-                samples[which].append(sample(impl, number))
+                numbers = [(number + call) % num_buffers for call in range(calls)]
+                samples[which].append(sample(impl, numbers))
                 if impl.restore is not None:
-                    impl.restore(number)
-                number = (number + 1) % num_buffers
+                    for used in numbers:
+                        impl.restore(used)
+                number = (numbers[-1] + 1) % num_buffers
     finally:
         if device.type == "cpu":
             torch.set_num_threads(default)
@@ -90,17 +95,19 @@ def _untimed(impl: Impl, number: int, num_buffers: int) -> int:
     return (number + 1) % num_buffers
 
 
-def _cpu_sample(impl: Impl, number: int) -> float:
-    prepared = impl.prepare(number)
+def _cpu_sample(impl: Impl, numbers: Sequence[int]) -> float:
+    prepared = [impl.prepare(number) for number in numbers]
+    results = []  # freeing the outputs is the caller's time, not the op's
     start = time.perf_counter_ns()
-    result = impl.run(prepared)
+    for one in prepared:
+        results.append(impl.run(one))
     elapsed = time.perf_counter_ns() - start
-    del result  # freeing the outputs is the caller's time, not the op's
-    return elapsed / 1e3
+    del results
+    return elapsed / 1e3 / len(numbers)
 
 
-def _cuda_sample(impl: Impl, number: int) -> float:
-    prepared = impl.prepare(number)
+def _cuda_sample(impl: Impl, numbers: Sequence[int]) -> float:
+    prepared = impl.prepare(numbers[0])
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000)  # about 1 ms: the host gets ahead, and launches overlap with it
