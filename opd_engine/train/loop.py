@@ -162,7 +162,14 @@ class Trainer:
         if world.is_main:
             _begin(self.directory, config)
         self.journal = (
-            Journal(self.directory, size=journal_size, first_step=self.step_number + 1) if world.is_main else None
+            Journal(
+                self.directory,
+                size=journal_size,
+                first_step=self.step_number + 1,
+                wandb_project=config.run.wandb_project,
+            )
+            if world.is_main
+            else None
         )
 
     # ---- starting ----------------------------------------------------------------------------------------------------
