@@ -78,9 +78,9 @@ def least_work(shape: Shape, products: int, hidden_size: int | None = None) -> t
     return products * (head + states), products * 2 * live * shape.shard_size * size
 
 
-def float64_logits(inputs: HeadInputs, rows: slice | Tensor) -> Tensor:
-    """The definition's logits of some rows: float64, rounded once to the model's dtype."""
-    exact = inputs.hidden[rows].double() @ inputs.weight.double().t()
+def float64_logits(inputs: HeadInputs, rows: slice | Tensor, weight: Tensor | None = None) -> Tensor:
+    """The definition's logits of some rows: float64, rounded once to the model's dtype; weight: in float64 already."""
+    exact = inputs.hidden[rows].double() @ (inputs.weight.double() if weight is None else weight).t()
     return exact.to(inputs.hidden.dtype).double()
 
 
@@ -109,13 +109,14 @@ def loss_truth(inputs: HeadInputs, loss_of: Callable[[Tensor, slice], Tensor]) -
     columns = torch.linspace(0, shape.shard_size - 1, min(_CHECKED_COLUMNS, shape.shard_size)).long().to(device)
     grad_weight = torch.zeros(len(columns), inputs.weight.size(1), dtype=torch.float64, device=device)
     losses, grad_hidden = [], []
+    weight = inputs.weight.double()
     for start in range(0, shape.num_tokens, count):
         part = slice(start, min(start + count, shape.num_tokens))
-        z = float64_logits(inputs, part).requires_grad_()
+        z = float64_logits(inputs, part, weight).requires_grad_()
         loss = torch.where(inputs.mask[part], loss_of(z, part), 0)
         (grad,) = torch.autograd.grad(loss.sum(), z)
         losses.append(loss.detach())
-        grad_hidden.append(grad @ inputs.weight.double())
+        grad_hidden.append(grad @ weight)
         grad_weight += grad[:, columns].t() @ inputs.hidden[part].double()
     rows = checked_rows(shape, shape.hidden_size).to(device)
     return LossTruth(torch.cat(losses), torch.cat(grad_hidden)[rows], grad_weight, rows, columns)
