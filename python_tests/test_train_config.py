@@ -65,6 +65,12 @@ def test_flags_win_over_the_file(tmp_path, monkeypatch):
     assert (config.opd.teacher_log_prob_min, config.run.tp, config.run.output_dir) == (-9.0, 2, "there")
 
 
+def test_a_project_without_wandb_is_refused_before_anything_begins(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refusal(capsys, "--data.task", "arithmetic", "--run.wandb_project", "mine")
+    assert "run.wandb_project: got 'mine', and wandb is not installed" in message
+
+
 def test_resume_on_the_command_line_wins_over_overwrite_in_the_file(monkeypatch):
     seen = []
     monkeypatch.setattr("opd_engine.train.loop.run", lambda config: seen.append(config) or {})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -228,6 +229,8 @@ class TrainConfig:
                 )
         elif self.teachers:
             raise ConfigError(f'teachers: data.task = "{self.data.task}" makes its own, got {", ".join(self.teachers)}')
+        if self.run.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise ConfigError(f"run.wandb_project: got {self.run.wandb_project!r}, and wandb is not installed")
         for key in ("pp", "cp"):
             if self.run.backend == "hf" and getattr(self.run, key) != 1:
                 raise ConfigError(
