@@ -5,6 +5,7 @@ Both give first derivatives only: a second one would be incomplete, so asking fo
 
 import torch
 from torch import Tensor
+from torch.library import register_autograd
 
 
 def pack_upstream(
@@ -64,7 +65,7 @@ def _gather_backward(ctx, d_log_probs, d_tail, d_lse, d_entropy, d_target, _d_st
     return _final(gradient, "gather_log_probs"), None, None, None, None, None
 
 
-torch.library.register_autograd("opd_engine::gather_log_probs", _gather_backward, setup_context=_gather_setup)
+register_autograd("opd_engine::gather_log_probs", _gather_backward, setup_context=_gather_setup)
 
 
 def _bucket_setup(ctx, inputs, output):
@@ -83,4 +84,4 @@ def _bucket_backward(ctx, d_loss, _d_grad_log_probs, _d_grad_tail):
     return None, *gradients, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("opd_engine::bucket_divergence", _bucket_backward, setup_context=_bucket_setup)
+register_autograd("opd_engine::bucket_divergence", _bucket_backward, setup_context=_bucket_setup)
