@@ -70,9 +70,6 @@ def _refuse(config: TrainConfig) -> None:
     for key, value, wanted, why in (
         ("run.resume", config.run.resume, False, "a Megatron run begins anew"),
         ("run.cp", config.run.cp, 1, "its attention needs TransformerEngine; give MegatronActor a model that has it"),
-        ("rollout.top_k", config.rollout.top_k, 0, "rollouts are drawn from the whole distribution"),
-        ("rollout.top_p", config.rollout.top_p, 1.0, "rollouts are drawn from the whole distribution"),
-        ("opd.reward_beta", config.opd.reward_beta, None, "rewards weigh in through opd.policy_coefficient"),
     ):
         if value != wanted:
             raise ConfigError(f'{key}: wanted {wanted} for run.backend = "megatron", got {value}: {why}')
@@ -217,6 +214,8 @@ class MegatronTrainer:
                 max_new_tokens=config.rollout.max_new_tokens,
                 end_ids=(self.tokenizer.eos_token_id,),
                 temperature=config.rollout.temperature,
+                top_k=config.rollout.top_k,
+                top_p=config.rollout.top_p,
                 uniforms=uniforms[own],
             )
         batch = pack_rollouts(
@@ -228,6 +227,7 @@ class MegatronTrainer:
             sample_ids=own,
             rollout_ids=[index // config.rollout.samples for index in own],
             advantages=self._advantages(prompts, own, tokens),
+            rewards=None if config.opd.reward_beta is None else self._rewards(prompts, own, tokens),
         )
         with phases.phase("score"):
             scored = self.actor.score_rollouts(batch, self.pool)
@@ -260,9 +260,13 @@ class MegatronTrainer:
             return None
         if self.groups.dp.size() > 1 and self.config.rollout.samples > 1:
             raise ConfigError("rollout.samples: a prompt's samples lie on several data-parallel ranks; wanted 1 rank")
-        right = self.right(tokens, [prompts[index].label for index in own])
+        rewards = torch.tensor(self._rewards(prompts, own, tokens), dtype=torch.float64)
         groups = torch.tensor([index // self.config.rollout.samples for index in own])
-        return group_advantages(torch.tensor(right, dtype=torch.float64), groups).tolist()
+        return group_advantages(rewards, groups).tolist()
+
+    def _rewards(self, prompts: Sequence[Prompt], own: Sequence[int], tokens) -> list[float]:
+        """1 where a completion is the prompt's label, else 0."""
+        return [float(right) for right in self.right(tokens, [prompts[index].label for index in own])]
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
     def right(self, completions: Sequence[Sequence[int]], labels: Sequence[str | None]) -> list[bool]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from opd_engine.distillation.sampling import check_sampling, draw
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -33,29 +35,6 @@ class Completions:
     finished: list[bool]
 
 
-def _keep_top(probs: Tensor, top_k: int, top_p: float) -> Tensor:
-    """probs [batch, vocab_size] with 0 outside the top_k ids and outside the smallest set of mass >= top_p."""
-    if 0 < top_k < probs.shape[-1]:
-        kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, probs.topk(top_k, dim=-1).indices, True)
-        probs = probs.where(kept, torch.zeros_like(probs))
-    if top_p < 1.0:
-        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered = ordered.where(before < top_p * ordered.sum(-1, keepdim=True), torch.zeros_like(ordered))
-        probs = torch.zeros_like(probs).scatter_(1, order, ordered)
-    return probs
-
-
-def _draw(log_probs: Tensor, uniforms: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Inverse-CDF samples [batch]; one uniform a row, so rows never affect each other.
-
-    The sum runs in float64: in float32 a vocabulary of 150,000 would lose the small ids to rounding.
-    """
-    cdf = _keep_top(log_probs.exp(), top_k, top_p).cumsum(-1, dtype=torch.float64)
-    drawn = torch.searchsorted(cdf, uniforms.to(cdf)[:, None] * cdf[:, -1:], right=True)
-    return drawn[:, 0].clamp_(max=log_probs.shape[-1] - 1)
-
-
 def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
@@ -72,12 +51,7 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: f
             raise ValueError(f"prompts: wanted at least one token each, got an empty prompt at index {index}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: wanted >= 1, got {max_new_tokens}")
-    if not (temperature >= 0.0 and temperature != float("inf")):
-        raise ValueError(f"temperature: wanted finite and >= 0 (0 is greedy), got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k: wanted >= 0 (0 is off), got {top_k}")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p: wanted in (0, 1] (1 is off), got {top_p}")
+    check_sampling(temperature, top_k, top_p)
 
 
 @torch.no_grad()
@@ -149,7 +123,7 @@ def _decode(model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k,
             chosen = logits.argmax(-1)
         else:
             uniforms = torch.rand(len(prompts), dtype=torch.float64, generator=generator)
-            chosen = _draw(row_log_probs, uniforms, top_k, top_p)
+            chosen = draw(row_log_probs, uniforms, top_k=top_k, top_p=top_p)
         log_probs.append(row_log_probs.gather(1, chosen[:, None])[:, 0])
         tokens.append(chosen)
         lengths += (~finished).long()

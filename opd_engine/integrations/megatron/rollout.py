@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from opd_engine.distillation.rollout import pack_rollouts
+from opd_engine.distillation.sampling import check_sampling, draw
 from opd_engine.integrations.megatron.scorer import MegatronScorer
 
 
@@ -22,19 +22,23 @@ def generate(
     max_new_tokens: int,
     end_ids: Sequence[int],
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     uniforms: Tensor | None = None,
 ) -> tuple[list[list[int]], list[list[float]], list[bool]]:
     """One completion a prompt. Every tensor, context and pipeline rank of a data-parallel index calls alike.
 
     scorer: the student's, or a teacher's
     temperature: 0 takes the likeliest token (the lowest id among equals)
+    top_k, top_p: sample among the k likeliest ids only, or within the smallest set of that mass; 0 and 1 are off
     uniforms: [prompts, max_new_tokens] float64 in [0, 1), what is drawn with; not read at temperature 0
 
-    Returns: per prompt the ids (the end token included), their log-probs at the temperature, and whether it ended.
+    Returns: per prompt the ids (the end token included), their log-probs at the temperature over the whole vocabulary
+        (before top_k and top_p), and whether it ended.
+    Raises: ValueError for a setting out of range, and for sampling without a number a token.
     Communicates: as MegatronScorer.next_token_logits, max_new_tokens times.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature: wanted at least 0, got {temperature}")
+    check_sampling(temperature, top_k, top_p)
     if temperature > 0 and (uniforms is None or list(uniforms.shape) != [len(prompts), max_new_tokens]):
         got = None if uniforms is None else list(uniforms.shape)
         raise ValueError(f"uniforms: wanted [{len(prompts)}, {max_new_tokens}] to sample, got {got}")
@@ -51,10 +55,7 @@ def generate(
         if temperature == 0:
             drawn = logits.argmax(1)
         else:
-            # The inverse of the distribution function: one number a token, whatever the vocabulary.
-            below = log_q.exp().cumsum(1)
-            drawn = torch.searchsorted(below, uniforms[going, place][:, None].double() * below[:, -1:], right=True)
-            drawn = drawn.squeeze(1).clamp(max=log_q.shape[1] - 1)
+            drawn = draw(log_q, uniforms[going, place], top_k=top_k, top_p=top_p)
         chosen = log_q.gather(1, drawn[:, None]).squeeze(1).tolist()
         for index, token, log_prob in zip(going, drawn.tolist(), chosen):
             tokens[index].append(token)

@@ -1,0 +1,45 @@
+"""Drawing a token from each row's distribution by one uniform number a row, so that rows never affect each other.
+
+Which token a number gives does not depend on the batch, the device or the ranks that hold the rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def draw(log_probs: Tensor, uniforms: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Samples of the inverse distribution function: [rows] int64.
+
+    log_probs: [rows, vocab_size]; uniforms: [rows] in [0, 1)
+    top_k, top_p: keep the k likeliest ids only, or the smallest set of that mass; 0 and 1 switch them off
+
+    The sum runs in float64: in float32 a vocabulary of 150,000 would lose the small ids to rounding.
+    """
+    cdf = _kept(log_probs.exp(), top_k, top_p).cumsum(-1, dtype=torch.float64)
+    drawn = torch.searchsorted(cdf, uniforms.to(cdf)[:, None] * cdf[:, -1:], right=True)
+    return drawn[:, 0].clamp_(max=log_probs.shape[-1] - 1)
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raises: ValueError for a setting out of range, by name."""
+    if not (temperature >= 0.0 and temperature != float("inf")):
+        raise ValueError(f"temperature: wanted finite and >= 0 (0 is greedy), got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k: wanted >= 0 (0 is off), got {top_k}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p: wanted in (0, 1] (1 is off), got {top_p}")
+
+
+def _kept(probs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """probs [rows, vocab_size] with 0 outside the top_k ids and outside the smallest set of mass >= top_p."""
+    if 0 < top_k < probs.shape[-1]:
+        kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, probs.topk(top_k, dim=-1).indices, True)
+        probs = probs.where(kept, torch.zeros_like(probs))
+    if top_p < 1.0:
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.where(before < top_p * ordered.sum(-1, keepdim=True), torch.zeros_like(ordered))
+        probs = torch.zeros_like(probs).scatter_(1, order, ordered)
+    return probs
