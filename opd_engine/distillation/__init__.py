@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from opd_engine.distillation.backend import ModelBackend, ProjectingBackend
 from opd_engine.distillation.cache import ScoreCache
+from opd_engine.distillation.concat import concat_rollouts
 from opd_engine.distillation.config import OPDConfig
 from opd_engine.distillation.metrics import MetricSums, add_metrics
 from opd_engine.distillation.off_policy import state_weights
 from opd_engine.distillation.policy import group_advantages, policy_losses
 from opd_engine.distillation.reductions import Denominators
-from opd_engine.distillation.rollout import RolloutBatch, concat_rollouts, pack_rollouts
+from opd_engine.distillation.rollout import RolloutBatch, pack_rollouts
 from opd_engine.distillation.step import ScoredRollouts, distillation_loss, distillation_loss_of_scores, score_rollouts
 
 __all__ = [

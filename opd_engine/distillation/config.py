@@ -44,7 +44,11 @@ class OPDConfig:
         default=64, metadata=_help("tokens taken from each model's top-k; the support is at most k wide (union: wider)")
     )
     support: str = field(
-        default="student", metadata=_help(f"whose tokens are compared: {', '.join(SUPPORTS)} (the sampled token only)")
+        default="student",
+        metadata=_help(
+            f"whose tokens are compared: {', '.join(SUPPORTS)} (the engine's top-k where it gives one, else the "
+            "sampled token)"
+        ),
     )
     union_cap: int | None = field(
         default=None, metadata=_help("widest union support; the ids of lowest mass are dropped first and counted")
@@ -198,14 +202,16 @@ class OPDConfig:
             )
         if self.tail == "truncate" and self.support == "rollout":
             raise ValueError(
-                "tail 'truncate' with support 'rollout' cannot distil: its expected gradient maximises the chance of "
-                "agreeing with the teacher, which puts all mass on the teacher's most likely token; use tail 'bucket'"
+                "tail 'truncate' with support 'rollout' cannot distil: where the engine gives no top-k, its expected "
+                "gradient maximises the chance of agreeing with the teacher, which puts all mass on the teacher's most "
+                "likely token; use tail 'bucket'"
             )
         if self.tail == "renormalize" and (self.k == 1 or self.support == "rollout"):
             width = "support 'rollout'" if self.support == "rollout" else "k=1"
             raise ValueError(
-                f"tail 'renormalize' with {width} cannot distil: one token renormalised has probability 1 on both "
-                "sides, so the loss is always zero; use tail 'bucket', or k >= 2"
+                f"tail 'renormalize' with {width} cannot distil: one token (the sampled one, where an engine gives no "
+                "top-k) renormalised has probability 1 on both sides, so the loss is always zero; use tail 'bucket', "
+                "or k >= 2"
             )
 
 

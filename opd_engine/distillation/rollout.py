@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from opd_engine.distillation.rollout_topk import TopLogProbs, check_topk, check_topk_shapes, pack_top_logprobs
+
 TeacherNames = str | tuple[str, ...]
 """The teacher of a sequence: one name, several names, or "" for the pool's default."""
 
@@ -28,6 +30,9 @@ class RolloutBatch:
     teacher_names: per sequence a name, a tuple of names, or "" for the pool's default
     rewards: [num_seqs], float, or None
     rollout_log_probs: [num_tokens], float, row-aligned: the rollout engine's log-prob of token i + 1, or None
+    rollout_topk_ids: [num_tokens, k], int64, row-aligned: the ids the rollout engine found likeliest in the place of
+        token i + 1, -1 where it gave fewer, or None
+    rollout_topk_log_probs: [num_tokens, k], float, their log-probs there; read to choose among more ids than wanted
     teacher_weights: teacher name -> [num_seqs] or [num_tokens] weights that replace the spec's; several teachers only
     teacher_prompts: per sequence the prompt that teachers with `teacher_tokens` see instead (int64 [length]), or None
     sample_weights: [num_seqs], float64, weights already normalised over the global batch, or None
@@ -43,6 +48,8 @@ class RolloutBatch:
     teacher_names: list[TeacherNames]
     rewards: Tensor | None = None
     rollout_log_probs: Tensor | None = None
+    rollout_topk_ids: Tensor | None = None
+    rollout_topk_log_probs: Tensor | None = None
     teacher_weights: Mapping[str, Tensor] | None = None
     teacher_prompts: list[Tensor | None] | None = None
     sample_weights: Tensor | None = None
@@ -66,6 +73,7 @@ class RolloutBatch:
         _check_float("sample_weights", self.sample_weights, self.num_seqs, "num_seqs")
         _check_float("advantages", self.advantages, self.num_seqs, "num_seqs")
         _check_float("rollout_log_probs", self.rollout_log_probs, self.num_tokens, "num_tokens")
+        check_topk_shapes(self.rollout_topk_ids, self.rollout_topk_log_probs, self.num_tokens)
         for name, weights in (self.teacher_weights or {}).items():
             if weights.dim() != 1 or weights.shape[0] not in (self.num_seqs, self.num_tokens):
                 raise ValueError(
@@ -124,6 +132,10 @@ class RolloutBatch:
                     "rollout_log_probs: wanted log-probs <= 0 on the rows that count, "
                     f"got {float(self.rollout_log_probs[wrong[0]])} at row {wrong[0]}"
                 )
+        check_topk_shapes(self.rollout_topk_ids, self.rollout_topk_log_probs, self.num_tokens)
+        if self.rollout_topk_ids is not None:
+            rows = self.loss_mask.nonzero().flatten()
+            check_topk(self.rollout_topk_ids, self.rollout_topk_log_probs, rows)
         for sequence, prompt in enumerate(self.teacher_prompts or []):
             if prompt is not None and (prompt.dim() != 1 or prompt.dtype != torch.int64 or prompt.numel() == 0):
                 raise ValueError(
@@ -189,6 +201,9 @@ class RolloutBatch:
         def by_sequence(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[chosen]
 
+        def by_row(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows]
+
         weights = None
         if self.teacher_weights is not None:
             weights = {
@@ -204,7 +219,9 @@ class RolloutBatch:
             rollout_ids=self.rollout_ids[chosen],
             teacher_names=[self.teacher_names[s] for s in sequences],
             rewards=by_sequence(self.rewards),
-            rollout_log_probs=None if self.rollout_log_probs is None else self.rollout_log_probs[rows],
+            rollout_log_probs=by_row(self.rollout_log_probs),
+            rollout_topk_ids=by_row(self.rollout_topk_ids),
+            rollout_topk_log_probs=by_row(self.rollout_topk_log_probs),
             teacher_weights=weights,
             teacher_prompts=None if self.teacher_prompts is None else [self.teacher_prompts[s] for s in sequences],
             sample_weights=by_sequence(self.sample_weights),
@@ -266,6 +283,8 @@ class RolloutBatch:
             cu_seqlens=torch.tensor(lengths, device=self.tokens.device).cumsum(0).to(torch.int32),
             loss_mask=torch.cat(masks) if masks else self.loss_mask,
             rollout_log_probs=None,
+            rollout_topk_ids=None,
+            rollout_topk_log_probs=None,
             teacher_weights=None,
             teacher_prompts=None,
         )
@@ -278,6 +297,7 @@ def pack_rollouts(
     *,
     response_masks: Sequence[Sequence[bool]] | None = None,
     response_log_probs: Sequence[Sequence[float]] | None = None,
+    response_top_logprobs: Sequence[TopLogProbs] | None = None,
     teacher_names: Sequence[TeacherNames] | None = None,
     sample_ids: Sequence[int] | None = None,
     rollout_ids: Sequence[int] | None = None,
@@ -292,6 +312,8 @@ def pack_rollouts(
     responses: per sequence the token ids that follow; may be empty
     response_masks: per response token, True when the model generated it (False: a tool's output, padding); default all
     response_log_probs: per response token, the rollout engine's log-prob
+    response_top_logprobs: per response token the engine's likeliest ids as (log-prob, id, ...), or None where it gave
+        none: SGLang's `output_top_logprobs` as it is
     teacher_names: default "", the pool's default teacher
     sample_ids: default 0, 1, ...; rollout_ids: default the sample's own id
 
@@ -304,6 +326,7 @@ def pack_rollouts(
         "responses": responses,
         "response_masks": response_masks,
         "response_log_probs": response_log_probs,
+        "response_top_logprobs": response_top_logprobs,
         "teacher_names": teacher_names,
         "sample_ids": ids,
         "rollout_ids": rollout_ids,
@@ -324,7 +347,12 @@ def pack_rollouts(
             raise ValueError(f"prompts[{sequence}]: wanted at least one token, got none")
         own_mask = [True] * len(response) if response_masks is None else [bool(m) for m in response_masks[sequence]]
         own_log_probs = [0.0] * len(response) if response_log_probs is None else list(response_log_probs[sequence])
-        for name, values in (("response_masks", own_mask), ("response_log_probs", own_log_probs)):
+        own_tops = response if response_top_logprobs is None else response_top_logprobs[sequence]
+        for name, values in (
+            ("response_masks", own_mask),
+            ("response_log_probs", own_log_probs),
+            ("response_top_logprobs", own_tops),
+        ):
             if len(values) != len(response):
                 raise ValueError(
                     f"{name}[{sequence}]: wanted {len(response)} entries, one a response token, got {len(values)}"
@@ -334,6 +362,11 @@ def pack_rollouts(
         mask += [False] * (len(prompt) - 1) + own_mask + [False]
         log_probs += [0.0] * (len(prompt) - 1) + own_log_probs + [0.0]
         lengths.append(len(prompt) + len(response))
+    topk: tuple[Tensor | None, Tensor | None] = (None, None)
+    if response_top_logprobs is not None:
+        starts = torch.tensor(lengths).cumsum(0).tolist()
+        first_rows = [start + len(prompt) - 1 for start, prompt in zip(starts, prompts)]
+        topk = pack_top_logprobs(response_top_logprobs, first_rows, len(tokens))
     batch = RolloutBatch(
         tokens=torch.tensor(tokens, dtype=torch.int64),
         cu_seqlens=torch.tensor(lengths).cumsum(0).to(torch.int32),
@@ -345,70 +378,14 @@ def pack_rollouts(
         advantages=None if advantages is None else torch.tensor(list(advantages), dtype=torch.float64),
         task_names=None if task_names is None else list(task_names),
         rollout_log_probs=None if response_log_probs is None else torch.tensor(log_probs, dtype=torch.float32),
+        rollout_topk_ids=topk[0],
+        rollout_topk_log_probs=topk[1],
         teacher_prompts=None
         if teacher_prompts is None
         else [None if p is None else torch.tensor(list(p), dtype=torch.int64) for p in teacher_prompts],
     )
     batch.validate()
     return batch
-
-
-def concat_rollouts(batches: Sequence[RolloutBatch]) -> RolloutBatch:
-    """One batch of all the sequences; a field must be present in all batches or in none."""
-    if not batches:
-        raise ValueError("batches: wanted at least one, got none")
-
-    def joined(name: str) -> Tensor | None:
-        values = [getattr(batch, name) for batch in batches]
-        missing = sum(value is None for value in values)
-        if missing == len(values):
-            return None
-        if missing:
-            raise ValueError(f"{name}: present in {len(values) - missing} of {len(values)} batches, wanted all or none")
-        return torch.cat(values)
-
-    lengths = torch.cat([torch.zeros_like(batches[0].cu_seqlens[:1]), *(batch.cu_seqlens.diff() for batch in batches)])
-    weights = None
-    if any(batch.teacher_weights is not None for batch in batches):
-        names = {name for batch in batches for name in (batch.teacher_weights or {})}
-        for batch in batches:
-            if set(batch.teacher_weights or {}) != names:
-                raise ValueError(f"teacher_weights: wanted {sorted(names)} in every batch")
-        weights = {name: torch.cat([_per_row(batch, name) for batch in batches]) for name in sorted(names)}
-    prompts = None
-    if any(batch.teacher_prompts is not None for batch in batches):
-        prompts = [p for batch in batches for p in (batch.teacher_prompts or [None] * batch.num_seqs)]
-    whole = RolloutBatch(
-        tokens=torch.cat([batch.tokens for batch in batches]),
-        cu_seqlens=lengths.cumsum(0).to(torch.int32),
-        loss_mask=torch.cat([batch.loss_mask for batch in batches]),
-        sample_ids=torch.cat([batch.sample_ids for batch in batches]),
-        rollout_ids=torch.cat([batch.rollout_ids for batch in batches]),
-        teacher_names=[name for batch in batches for name in batch.teacher_names],
-        rewards=joined("rewards"),
-        rollout_log_probs=joined("rollout_log_probs"),
-        teacher_weights=weights,
-        teacher_prompts=prompts,
-        sample_weights=joined("sample_weights"),
-        advantages=joined("advantages"),
-        task_names=_joined_lists(batches, "task_names"),
-    )
-    whole.validate()
-    return whole
-
-
-def _joined_lists(batches: Sequence[RolloutBatch], name: str) -> list | None:
-    missing = sum(getattr(batch, name) is None for batch in batches)
-    if missing == len(batches):
-        return None
-    if missing:
-        raise ValueError(f"{name}: present in {len(batches) - missing} of {len(batches)} batches, wanted all or none")
-    return [value for batch in batches for value in getattr(batch, name)]
-
-
-def _per_row(batch: RolloutBatch, name: str) -> Tensor:
-    weights = batch.teacher_weights[name]
-    return weights if weights.shape[0] == batch.num_tokens else weights[batch.row_sequence()]
 
 
 def _check_vector(name: str, value: Tensor, dtype: torch.dtype, size: int | None = None, unit: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Which ids are compared at each row: the student's top-k, the teachers', their union, or the sampled token.
+"""Which ids are compared at each row: the student's top-k, the teachers', their union, or the rollout engine's.
 
 The student's are the old policy's, taken before any optimizer step on the rollout, and frozen with the scores.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 from opd_engine.distillation.cache import ScoreCache
 from opd_engine.distillation.config import OPDConfig
 from opd_engine.distillation.rollout import RolloutBatch
+from opd_engine.distillation.rollout_topk import rollout_support
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.teachers.pool import TeacherPool
 from opd_engine.teachers.protocols import Teacher
@@ -49,7 +50,7 @@ def put_supports(
         both its own top-k and the scores.
     """
     if config.support == "rollout":
-        cache.put_support(batch, batch.next_tokens().unsqueeze(1))
+        cache.put_support(batch, _rollout_ids(batch, student.vocab_size, config))
         return False
     if config.support == "student":
         for micro in scoring_batches(batch, student, config):
@@ -66,6 +67,16 @@ def put_supports(
         return True
     _put_unions(cache, batch, shares, student, teachers, config)
     return False
+
+
+def _rollout_ids(batch: RolloutBatch, vocab_size: int, config: OPDConfig) -> Tensor:
+    """The rollout engine's own top-k where it gave one; else, and for a policy gradient, the sampled token."""
+    if batch.rollout_topk_ids is None or config.loss_type == "advantage":
+        return batch.next_tokens().unsqueeze(1)
+    rows = batch.loss_mask.nonzero().flatten()
+    samples = batch.sample_ids[batch.row_sequence()]
+    ids, log_probs = batch.rollout_topk_ids, batch.rollout_topk_log_probs
+    return rollout_support(ids, log_probs, config.k, rows=rows, samples=samples, vocab_size=vocab_size)
 
 
 def _put_unions_with_one(

@@ -218,6 +218,8 @@ class MegatronActor:
         """Refuse what would train on the wrong weights, or hang, before anything is sent."""
         self._check_guard()
         parts = [batch.tokens, batch.cu_seqlens, batch.loss_mask, batch.sample_ids]
+        if batch.rollout_topk_ids is not None:
+            parts.append(batch.rollout_topk_ids)
         digest = 0
         for part in parts:
             digest = zlib.crc32(part.cpu().contiguous().numpy().tobytes(), digest)
