@@ -231,7 +231,8 @@ def qwen3_folder(job: Job, folder: Path) -> dict[str, float]:
     """A transformers model's logits after each sample, from its folder, read part by part by every rank."""
     from opd_engine.integrations.megatron import BatchLayout, MegatronScorer
     from opd_engine.integrations.megatron.loading import load_module
-    from opd_engine.integrations.megatron.qwen3 import Qwen3Shape, build_qwen3
+    from opd_engine.integrations.megatron.gpt import build_gpt
+    from opd_engine.integrations.megatron.gpt_shape import GPTShape
 
     if job.layout.cp > 1:
         return {}  # its attention needs TransformerEngine there
@@ -239,8 +240,8 @@ def qwen3_folder(job: Job, folder: Path) -> dict[str, float]:
     batch = job.share(job.samples)
     for kind in ("tied", "untied"):
         path = folder.parent / kind
-        shape = Qwen3Shape.read(path, argument="teacher")
-        module = build_qwen3(shape, job.groups)
+        shape = GPTShape.read(path, argument="teacher")
+        module = build_gpt(shape, job.groups)
         for parameter in module.parameters():
             nn.init.constant_(parameter, float("nan"))
         load_module(module, path, job.groups, argument="teacher")

@@ -1,6 +1,6 @@
 """Weights, and only weights, from a checkpoint into host memory: no optimizer, scheduler or generator state is read.
 
-Two kinds of folder: safetensors of a Qwen3, of which each rank reads its own part, and Megatron's distributed
+Two kinds of folder: safetensors of a Qwen3 or Llama, of which each rank reads its own part, and Megatron's distributed
 checkpoints. Both are checked before anything is loaded, and neither goes through a live model.
 """
 
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_engine.integrations.megatron.gpt_shape import GPTShape
 from opd_engine.integrations.megatron.groups import MegatronGroups
-from opd_engine.integrations.megatron.qwen3 import Qwen3Shape, fill, sources
+from opd_engine.integrations.megatron.weight_map import fill, sources
 from opd_engine.teachers.checkpoint_files import check_safetensors_folder
 from opd_engine.teachers.vocabularies import check_token_maps
 from opd_engine.teachers.weight_store import WeightStore
@@ -131,10 +132,11 @@ def read_weights(
         return
     from safetensors import safe_open
 
-    shape = Qwen3Shape.read(directory, argument=argument)
+    shape = GPTShape.read(directory, argument=argument)
     places = check_safetensors_folder(directory, argument=argument)
     open_files: dict[Path, Any] = {}
-    for name, (parts, how) in sources(module, shape):
+    for name, piece in sources(module, shape):
+        parts = piece.sources
         lost = [part for part in parts if part not in places]
         if lost:
             raise ValueError(f"{argument}: {directory} has no {lost[0]}, which {name} is made of")
@@ -143,7 +145,7 @@ def read_weights(
                 open_files[places[part]] = safe_open(places[part], framework="pt")
         slices = [open_files[places[part]].get_slice(part) for part in parts]
         try:
-            fill(buffers[name], slices, how, shape, groups.tp_rank, groups.tp_size)
+            fill(buffers[name], slices, piece.how, shape, groups.tp_rank, groups.tp_size)
         except (RuntimeError, IndexError) as error:
             sizes = [list(piece.get_shape()) for piece in slices]
             raise ValueError(
