@@ -14,7 +14,7 @@ import torch
 
 from opd_engine.cli import main
 from opd_engine.train.checkpoint import list_checkpoints
-from opd_engine.train.journal import Journal, read_metrics
+from opd_engine.train.journal import Journal, read_metrics, without_measurements
 
 STEPS = 24
 FLAGS = [
@@ -52,7 +52,7 @@ def killed_after(lines: int, folder: Path, *more: str) -> None:
 def without_times(folder: Path) -> list[dict]:
     """The records as they are written: "nan" is equal to "nan"."""
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    return [without_measurements(record) for record in records]
 
 
 @pytest.fixture(scope="module")

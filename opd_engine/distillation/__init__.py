@@ -11,7 +11,13 @@ from opd_engine.distillation.off_policy import state_weights
 from opd_engine.distillation.policy import group_advantages, policy_losses
 from opd_engine.distillation.reductions import Denominators
 from opd_engine.distillation.rollout import RolloutBatch, pack_rollouts
-from opd_engine.distillation.step import ScoredRollouts, distillation_loss, distillation_loss_of_scores, score_rollouts
+from opd_engine.distillation.step import (
+    ScoredRollouts,
+    distillation_loss,
+    distillation_loss_of_scores,
+    row_divergences,
+    score_rollouts,
+)
 
 __all__ = [
     "Denominators",
@@ -29,6 +35,7 @@ __all__ = [
     "group_advantages",
     "pack_rollouts",
     "policy_losses",
+    "row_divergences",
     "score_rollouts",
     "state_weights",
 ]

@@ -22,10 +22,12 @@ class Phases:
     """The phases of one step.
 
     device: where the work runs; its clock and its memory are measured
+    on_phase: called with the name of a phase that begins, for a live view
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", on_phase: Callable[[str], None] | None = None) -> None:
         self._device = torch.device(device)
+        self._on_phase = on_phase
         self._marks: list[tuple[str, float, float]] = []
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         if self._device.type == "cuda":
@@ -36,6 +38,8 @@ class Phases:
         """Everything in the block belongs to this phase; several blocks of one name add up."""
         if name not in NAMES:
             raise ValueError(f"name: wanted one of {', '.join(NAMES)}, got {name!r}")
+        if self._on_phase is not None:
+            self._on_phase(name)
         start = time.perf_counter()
         begun = self._event()
         try:

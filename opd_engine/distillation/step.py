@@ -248,6 +248,33 @@ def distillation_loss_of_scores(
     return loss, MetricSums.of(sums, scored.metric_groups, device)
 
 
+@torch.no_grad()
+def row_divergences(student: Teacher, batch: RolloutBatch, scored: ScoredRollouts, config: OPDConfig) -> Tensor:
+    """How far the student, as it is now, is from its teachers at each row that counts: for looking at samples.
+
+    student: scores its own rollouts, at the ids the teachers were asked for
+    batch: any selection of what was scored
+
+    Returns: [num_tokens] float64 on the host, before any weight; NaN on rows that do not count, and everywhere on
+        ranks that hold no scores.
+    Communicates: as gather_log_probs.
+    """
+    nothing = torch.full((batch.num_tokens,), torch.nan, dtype=torch.float64)
+    if not getattr(student, "holds_scores", True):
+        student.score(batch, torch.full((batch.num_tokens, 1), -1), temperature=config.temperature)
+        return nothing
+    ids = scored.support(batch)
+    target = batch.next_tokens().masked_fill(~batch.loss_mask, -1) if config.needs_student_target else None
+    own = student.score(batch, ids, target=target, temperature=config.temperature).to("cpu")
+    members, weights = _load_members(batch, scored, ids)
+    own = _only_live(own, ids, batch.loss_mask)
+    if config.loss_type == "advantage":
+        _, divergences = _advantage_losses(own, members, weights, batch, config)
+    else:
+        _, divergences = _divergence_losses(own, members, weights, config)
+    return torch.where(batch.loss_mask, divergences[0].double().cpu(), nothing)
+
+
 def _sums_by_group(
     divergences: list[Tensor],
     student: TokenScores,

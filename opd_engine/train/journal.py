@@ -37,6 +37,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def without_measurements(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without times, speed and memory: what two runs of the same settings share."""
+    measured = ("seconds", "tokens_per_second", "peak_memory_bytes")
+    return {key: value for key, value in record.items() if key.partition("/")[0] not in measured}
+
+
 class Journal:
     """Appends records to metrics.jsonl and, where tensorboard is installed, to its events."""
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from opd_engine.distillation.metrics import add_metrics
+from opd_engine.distillation.phases import Phases
 from opd_engine.distillation.reductions import Denominators
 from opd_engine.distillation.rollout import RolloutBatch, pack_rollouts
-from opd_engine.distillation.step import ScoredRollouts, distillation_loss, score_rollouts
+from opd_engine.distillation.step import ScoredRollouts, distillation_loss, row_divergences, score_rollouts
 from opd_engine.integrations.hf.backend import HFBackend, even_shard, make_backend
 from opd_engine.integrations.hf.models import (
     end_token_ids,
@@ -30,7 +31,7 @@ from opd_engine.integrations.hf.models import (
     torch_dtype,
 )
 from opd_engine.integrations.hf.rollout import Completions
-from opd_engine.parallel.collectives import all_gather_json, barrier
+from opd_engine.parallel.collectives import all_gather_json, all_reduce_max_, barrier
 from opd_engine.parallel.launch import ParallelGroups, World, join_world, parallel_groups
 from opd_engine.teachers.local import LocalTeacher
 from opd_engine.teachers.pool import TeacherPool
@@ -55,6 +56,7 @@ from opd_engine.train.pretrain import learning_rate_factor
 from opd_engine.train.progress import Progress
 from opd_engine.train.prompts import Prompt, PromptCursor
 from opd_engine.train.rollouts import Writer
+from opd_engine.train.samples import SAMPLES_FILE, append_samples, choose, forget_after
 from opd_engine.train.settings import ConfigError
 from opd_engine.train.summary import SUMMARY_FILE, make_summary
 from opd_engine.train.workshop import MODELS
@@ -128,7 +130,7 @@ def _begin(directory: Path, config: TrainConfig) -> None:
     if not config.run.resume:
         for name in (CHECKPOINTS, EVENTS_FOLDER, "plots"):
             shutil.rmtree(directory / name, ignore_errors=True)
-        for name in (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE):
+        for name in (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, CONFIG_FILE):
             (directory / name).unlink(missing_ok=True)
     remove_leftovers(directory / CHECKPOINTS)
     write_text(directory / CONFIG_FILE, config_to_toml(config))
@@ -143,6 +145,8 @@ class Trainer:
         self.groups = parallel_groups(world, config.run.tp)
         self.progress = Progress(shown=world.is_main and not config.run.quiet)
         self.experiment = self._prepare()
+        tasks = {prompt.task for prompt in (*self.experiment.train, *self.experiment.evaluation)}
+        config.opd.tasks = config.opd.tasks or tuple(sorted(tasks - {""}))
         checkpoints = list_checkpoints(self.directory / CHECKPOINTS) if config.run.resume else []
         self.resumed_from = checkpoints[-1][1] if checkpoints else None
         self._load_models()
@@ -161,6 +165,7 @@ class Trainer:
         journal_size = self._restore() if self.resumed_from is not None else None
         if world.is_main:
             _begin(self.directory, config)
+            forget_after(self.directory, self.step_number)
         self.journal = (
             Journal(
                 self.directory,
@@ -257,24 +262,41 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One step: fresh rollouts, their support and scores, and the optimizer steps that use them."""
-        config = self.config
+        config, phases = self.config, Phases(self.world.device, self.progress.phase)
         prompts = [prompt for prompt in self.cursor.draw(config.rollout.prompts) for _ in range(config.rollout.samples)]
-        completions = self.writer.write(self.student.module, prompts, self.generator)
+        with phases.phase("rollout"):
+            completions = self.writer.write(self.student.module, prompts, self.generator)
         batch = pack_rollouts(
             [prompt.token_ids for prompt in prompts],
             completions.tokens,
             response_log_probs=completions.log_probs,
             teacher_names=[prompt.teacher for prompt in prompts],
+            task_names=[prompt.task for prompt in prompts],
             rollout_ids=[index // config.rollout.samples for index in range(len(prompts))],
             rewards=self._rewards(prompts, completions) if config.opd.reward_beta is not None else None,
         )
-        scored = score_rollouts(batch, self.student, self.pool, config.opd)
+        with phases.phase("score"):
+            scored = score_rollouts(batch, self.student, self.pool, config.opd)
+        if self.step_number % config.eval.every == 0 or self.step_number == config.optimizer.steps - 1:
+            self._write_samples(batch, scored, prompts, completions)
         for _ in range(config.opd.optimizer_steps_per_rollout):
-            record = self._update(batch, scored)
+            with phases.phase("update"):
+                record = self._update(batch, scored)
         lengths = [len(tokens) for tokens in completions.tokens]
         record["completion_tokens"] = sum(lengths) / len(lengths)
         record["completion_ended"] = sum(completions.finished) / len(completions.finished)
-        return record
+        return record | phases.measured(batch.num_tokens, self._largest)
+
+    def _write_samples(
+        self, batch: RolloutBatch, scored: ScoredRollouts, prompts: Sequence[Prompt], completions: Completions
+    ) -> None:
+        """A few of the step's rollouts, as far from their teachers as the student is before it learns of them."""
+        chosen, config = choose(batch), self.config.opd
+        student = LocalTeacher(self.student, max_tokens=config.score_batch_tokens)
+        divergences = row_divergences(student, chosen, scored, config)
+        if self.journal is not None:
+            finished = completions.finished
+            append_samples(self.directory, self.step_number, chosen, divergences, self.tokenizer, prompts, finished)
 
     def _rewards(self, prompts: Sequence[Prompt], completions: Completions) -> list[float]:
         """1 where a completion is the prompt's label, else 0; for opd.reward_beta alone."""
@@ -314,7 +336,11 @@ class Trainer:
         if self.journal is not None:
             self.journal.record(self.step_number, kind, values | {"seconds": round(self._seconds(), 3)})
 
+    def _largest(self, values: torch.Tensor) -> torch.Tensor:
+        return all_reduce_max_(values.to(self.world.device), self.world.group).cpu()
+
     def _evaluate(self) -> dict[str, float]:
+        self.progress.phase("evaluate")
         values = self.evaluator.measure(self.student, self.teachers)
         self._record("eval", values)
         return values

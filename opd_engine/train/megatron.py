@@ -18,15 +18,15 @@ import torch
 from opd_engine.distillation.phases import Phases
 from opd_engine.distillation.policy import group_advantages
 from opd_engine.distillation.rollout import RolloutBatch, pack_rollouts
+from opd_engine.distillation.step import ScoredRollouts, row_divergences
 from opd_engine.integrations.hf.models import load_tokenizer, token_to_id, torch_dtype
 from opd_engine.integrations.megatron import BatchLayout, MegatronActor, MegatronScorer
-from opd_engine.integrations.megatron.gpt import build_gpt
-from opd_engine.integrations.megatron.gpt_shape import GPTShape
 from opd_engine.integrations.megatron.loading import check_checkpoint, load_module, load_set, save_weights
+from opd_engine.integrations.megatron.qwen3 import Qwen3Shape, build_qwen3
 from opd_engine.integrations.megatron.rollout import generate
 from opd_engine.integrations.megatron.teachers import own_teacher, switched_teacher
 from opd_engine.integrations.megatron.training import make_trainable, start_megatron, stop_megatron
-from opd_engine.parallel.collectives import all_reduce_max_, all_reduce_sum_, barrier
+from opd_engine.parallel.collectives import all_reduce_max_, all_reduce_sum_, barrier, broadcast_
 from opd_engine.parallel.launch import World, join_world
 from opd_engine.teachers.pool import TeacherPool
 from opd_engine.teachers.weight_store import WeightStore
@@ -38,6 +38,7 @@ from opd_engine.train.plots import draw_plots
 from opd_engine.train.pretrain import learning_rate_factor
 from opd_engine.train.progress import Progress
 from opd_engine.train.prompts import Prompt, PromptCursor
+from opd_engine.train.samples import append_samples, choose, forget_after
 from opd_engine.train.settings import ConfigError
 from opd_engine.train.summary import SUMMARY_FILE, make_summary
 
@@ -110,6 +111,8 @@ class MegatronTrainer:
         self.step_number = 0
         project = config.run.wandb_project
         self.journal = Journal(self.directory, wandb_project=project) if world.is_main else None
+        if world.is_main:
+            forget_after(self.directory, self.step_number)
 
     # ---- starting ----------------------------------------------------------------------------------------------------
     def _tokenizer(self, folder: Path, argument: str):
@@ -132,8 +135,8 @@ class MegatronTrainer:
         layout = BatchLayout(
             packed=False, max_seqs=config.optimizer.micro_batch or None, max_tokens=config.opd.score_batch_tokens
         )
-        shape = GPTShape.read(self.experiment.student, argument="student")
-        module = build_gpt(shape, groups, dtype=dtype)
+        shape = Qwen3Shape.read(self.experiment.student, argument="student")
+        module = build_qwen3(shape, groups, dtype=dtype)
         load_module(module, self.experiment.student, groups, argument="student")
         module.to(self.world.device)
         options = config.optimizer
@@ -160,7 +163,7 @@ class MegatronTrainer:
         )
         self.teachers: dict[str, MegatronScorer] = {}
         for name, folder in self.experiment.teachers.items():
-            own = GPTShape.read(folder, argument=f"teacher {name!r}")
+            own = Qwen3Shape.read(folder, argument=f"teacher {name!r}")
             common = {
                 "vocab_size": own.vocab_size,
                 "groups": groups,
@@ -172,7 +175,7 @@ class MegatronTrainer:
                 load_set(self.weights, tag, module, folder, groups, argument=f"teacher {name!r}")
                 self.teachers[name] = switched_teacher(model, self.weights, tag, **common)
                 continue
-            teacher = build_gpt(own, groups, dtype=dtype)
+            teacher = build_qwen3(own, groups, dtype=dtype)
             load_module(teacher, folder, groups, argument=f"teacher {name!r}")
             resident = config.run.teacher_weights == "resident"
             self.teachers[name] = own_teacher(teacher, self.world.device, resident=resident, **common)
@@ -201,7 +204,7 @@ class MegatronTrainer:
 
     def step(self) -> dict[str, float]:
         """Fresh rollouts by the student as it is, their scores, and the optimizer steps that use them."""
-        config, phases = self.config, Phases(self.world.device)
+        config, phases = self.config, Phases(self.world.device, self.progress.phase)
         drawn = self.cursor.draw(config.rollout.prompts)
         prompts = [prompt for prompt in drawn for _ in range(config.rollout.samples)]
         uniforms = torch.rand(
@@ -232,6 +235,8 @@ class MegatronTrainer:
         )
         with phases.phase("score"):
             scored = self.actor.score_rollouts(batch, self.pool)
+        if self.step_number % config.eval.every == 0 or self.step_number == config.optimizer.steps - 1:
+            self._write_samples(batch, scored, prompts, dict(zip(own, finished)))
         for _ in range(config.opd.optimizer_steps_per_rollout):
             with phases.phase("update"):
                 record = self._update(batch, scored)
@@ -239,6 +244,25 @@ class MegatronTrainer:
         total, written, ended, number = self._over_samples(counts)
         record |= {"completion_tokens": written / number, "completion_ended": ended / number}
         return record | phases.measured(int(total), self._largest)
+
+    def _write_samples(
+        self, batch: RolloutBatch, scored: ScoredRollouts, prompts: Sequence[Prompt], finished: Mapping[int, bool]
+    ) -> None:
+        """A few of the first share's rollouts, as far from their teachers as the student is before it learns of them.
+
+        Only the ranks of that share make the pass: the others wait where the step's gradients meet.
+        """
+        groups = self.groups
+        if groups.dp.rank() != 0:
+            return
+        chosen = choose(batch)
+        divergences = row_divergences(self.actor.student, chosen, scored, self.config.opd).to(self.world.device)
+        # The last stage knows them, the first rank writes.
+        broadcast_(divergences, groups.pp if groups.pp_size > 1 else None, source=groups.pp_size - 1)
+        if self.journal is not None:
+            append_samples(
+                self.directory, self.step_number, chosen, divergences.cpu(), self.tokenizer, prompts, finished
+            )
 
     def _update(self, batch: RolloutBatch, scored) -> dict[str, float]:
         options = self.config.optimizer
@@ -298,6 +322,7 @@ class MegatronTrainer:
         return found
 
     def _evaluate(self) -> dict[str, float]:
+        self.progress.phase("evaluate")
         self.weights.check_content("an evaluation")
         values = {f"accuracy/{task}": value for task, value in self.accuracy(self.actor.student).items()}
         self._record("eval", values)
