@@ -21,8 +21,9 @@ from opd_engine.distillation.rollout import RolloutBatch, pack_rollouts
 from opd_engine.distillation.step import ScoredRollouts, row_divergences
 from opd_engine.integrations.hf.models import load_tokenizer, token_to_id, torch_dtype
 from opd_engine.integrations.megatron import BatchLayout, MegatronActor, MegatronScorer
+from opd_engine.integrations.megatron.gpt import build_gpt
+from opd_engine.integrations.megatron.gpt_shape import GPTShape
 from opd_engine.integrations.megatron.loading import check_checkpoint, load_module, load_set, save_weights
-from opd_engine.integrations.megatron.qwen3 import Qwen3Shape, build_qwen3
 from opd_engine.integrations.megatron.rollout import generate
 from opd_engine.integrations.megatron.teachers import own_teacher, switched_teacher
 from opd_engine.integrations.megatron.training import make_trainable, start_megatron, stop_megatron
@@ -135,8 +136,8 @@ class MegatronTrainer:
         layout = BatchLayout(
             packed=False, max_seqs=config.optimizer.micro_batch or None, max_tokens=config.opd.score_batch_tokens
         )
-        shape = Qwen3Shape.read(self.experiment.student, argument="student")
-        module = build_qwen3(shape, groups, dtype=dtype)
+        shape = GPTShape.read(self.experiment.student, argument="student")
+        module = build_gpt(shape, groups, dtype=dtype)
         load_module(module, self.experiment.student, groups, argument="student")
         module.to(self.world.device)
         options = config.optimizer
@@ -163,7 +164,7 @@ class MegatronTrainer:
         )
         self.teachers: dict[str, MegatronScorer] = {}
         for name, folder in self.experiment.teachers.items():
-            own = Qwen3Shape.read(folder, argument=f"teacher {name!r}")
+            own = GPTShape.read(folder, argument=f"teacher {name!r}")
             common = {
                 "vocab_size": own.vocab_size,
                 "groups": groups,
@@ -175,7 +176,7 @@ class MegatronTrainer:
                 load_set(self.weights, tag, module, folder, groups, argument=f"teacher {name!r}")
                 self.teachers[name] = switched_teacher(model, self.weights, tag, **common)
                 continue
-            teacher = build_qwen3(own, groups, dtype=dtype)
+            teacher = build_gpt(own, groups, dtype=dtype)
             load_module(teacher, folder, groups, argument=f"teacher {name!r}")
             resident = config.run.teacher_weights == "resident"
             self.teachers[name] = own_teacher(teacher, self.world.device, resident=resident, **common)
