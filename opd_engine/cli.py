@@ -34,7 +34,7 @@ def _train_parser(commands) -> None:
     for flag, key, metavar, text in _SHORTHANDS:
         parser.add_argument(flag, dest=key, metavar=metavar, default=argparse.SUPPRESS, help=f"{text} (--{key})")
     for flag, text in (
-        ("resume", "continue the run in --output-dir"),
+        ("resume", "refuse to begin where --output-dir holds no run to continue"),
         ("overwrite", "discard the run in --output-dir"),
     ):
         parser.add_argument(
@@ -87,6 +87,12 @@ def _run_bench(arguments: Sequence[str]) -> int:
     return bench_main(list(arguments))
 
 
+def _run_convert(arguments: Sequence[str]) -> int:
+    from opd_engine.convert import main as convert_main
+
+    return convert_main(list(arguments))
+
+
 def _run_env(arguments: Sequence[str]) -> int:
     from opd_engine.env import main as env_main
 
@@ -97,6 +103,7 @@ def _run_env(arguments: Sequence[str]) -> int:
 _OWN_PARSERS = {
     "bench": (_run_bench, "measure the ops beside torch and other libraries"),
     "check": (_run_check, "compare every op with a float64 reference on this machine"),
+    "convert": (_run_convert, "convert models between Hugging Face and Megatron"),
     "env": (_run_env, "print versions, build flags and devices"),
 }
 

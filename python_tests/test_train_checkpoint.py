@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole_and_says_so(tmp_path, 
     with pytest.raises(CheckpointError) as error:
         save(tmp_path, 2)
     assert "No space left on device" in str(error.value) and "step 2" in str(error.value)
-    assert "step_00000001, is whole" in str(error.value) and "--resume" in str(error.value)
+    assert "step_00000001, is whole" in str(error.value) and "same command again" in str(error.value)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"], "nothing half written is left"
     assert_whole(tmp_path / "step_00000001", 1)

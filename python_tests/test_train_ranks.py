@@ -111,5 +111,5 @@ def test_a_rank_that_fails_ends_the_other_with_its_message(folder, fault, told, 
     assert [step for step, _ in whole] == [0, 2], "the last one before the fault is there, and none after it"
     load_checkpoint(whole[-1][1])
     if fault == "full":
-        assert "File too large" in done.stderr and "is whole: make room and use --resume" in done.stderr
+        assert "File too large" in done.stderr and "is whole: make room and give the same command again" in done.stderr
         assert not [path for path in (folder / fault / "checkpoints").iterdir() if path.name.startswith(".writing")]

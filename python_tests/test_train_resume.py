@@ -1,6 +1,7 @@
 """A run killed at any moment continues to the same bits: weights, optimizer, generators, cursor and metrics."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from opd_engine.cli import main
+from opd_engine.train import run_folder
 from opd_engine.train.checkpoint import list_checkpoints
 from opd_engine.train.journal import Journal, read_metrics, without_measurements
 
@@ -69,10 +71,10 @@ def test_a_run_killed_twice_ends_with_the_same_bits(undisturbed):
     killed_after(9, folder)
     first = list_checkpoints(folder / "killed" / "checkpoints")
     assert 0 < first[-1][0] < STEPS
-    killed_after(20, folder, "--resume")
+    killed_after(20, folder)
     second = list_checkpoints(folder / "killed" / "checkpoints")
     assert first[-1][0] < second[-1][0] < STEPS
-    assert main(arguments(folder, "killed", "--resume")) == 0
+    assert main(arguments(folder, "killed")) == 0
     assert without_times(folder / "killed") == without_times(folder / "whole")
     ours, theirs = (list_checkpoints(folder / run / "checkpoints")[-1] for run in ("killed", "whole"))
     assert ours[0] == theirs[0] == STEPS
@@ -93,7 +95,7 @@ def test_a_run_killed_twice_ends_with_the_same_bits(undisturbed):
 
 def test_a_finished_run_resumes_to_its_end_at_once(undisturbed, capsys):
     before = without_times(undisturbed / "whole")
-    assert main(arguments(undisturbed, "whole", "--resume")) == 0
+    assert main(arguments(undisturbed, "whole")) == 0
     assert without_times(undisturbed / "whole") == before
     assert f"{STEPS} steps" in capsys.readouterr().out
 
@@ -104,9 +106,17 @@ def test_resuming_with_other_settings_is_refused(undisturbed, capsys):
     assert "opd.k: saved 4, given 5" in message and "run.seed: saved 0, given 1" in message
 
 
-def test_a_run_is_neither_mixed_with_another_nor_lost(undisturbed, capsys):
-    assert main(arguments(undisturbed, "whole")) == 2
-    assert "already holds a run" in capsys.readouterr().err
+def test_a_run_is_neither_mixed_with_another_nor_lost(undisturbed, capsys, monkeypatch):
+    assert main(arguments(undisturbed, "whole", "--opd.k", "6")) == 2
+    assert "already holds a run of other settings (opd.k: saved 4, given 6)" in capsys.readouterr().err
+    with open(undisturbed / "whole" / ".lock", "a") as other, monkeypatch.context() as patience:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.truncate(0)
+        other.write("process 1 on a host")
+        other.flush()
+        patience.setattr(run_folder, "_WAIT_S", 0.2)
+        assert main(arguments(undisturbed, "whole")) == 2
+    assert "whole is being written by process 1 on a host" in capsys.readouterr().err
     assert main(arguments(undisturbed, "nothing here", "--resume")) == 2
     assert "wanted a run in" in capsys.readouterr().err
     assert list_checkpoints(undisturbed / "whole" / "checkpoints")[-1][0] == STEPS
@@ -136,7 +146,7 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_what_is_whole(undisturbed,
     message = capsys.readouterr().err
     assert "step 6" in message and "No space left on device" in message and "step_00000003, is whole" in message
     monkeypatch.undo()
-    assert main(arguments(undisturbed, "full", "--resume")) == 0
+    assert main(arguments(undisturbed, "full")) == 0
     assert without_times(undisturbed / "full") == without_times(undisturbed / "whole")
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +51,28 @@ def whole_or_absent(target: Path):
     Raises: what the body raises; FileExistsError where target is there already.
     Mutates: the folder around target.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    writing = half_written(target, os.getpid())
     if target.exists():
         raise FileExistsError(f"{target} exists")
-    # The process id keeps two runs apart that make the same thing at once.
-    writing = target.parent / f"{_WRITING}{target.name}-{os.getpid()}"
     shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir()
+    writing.mkdir(parents=True)
     try:
         yield writing
-        _sync_tree(writing)
-        os.rename(writing, target)
+        complete(writing, target)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
+
+
+def half_written(target: Path, process: int) -> Path:
+    """The folder to fill before it becomes `target`; the process id keeps two apart that write the same at once."""
+    return target.parent / f"{_WRITING}{target.name}-{process}"
+
+
+def complete(writing: Path, target: Path) -> None:
+    """Makes a folder that is all written `target`, at one moment. Mutates: the folder around target."""
+    _sync_tree(writing)
+    os.rename(writing, target)
     _sync_file(target.parent)
 
 
@@ -81,6 +89,11 @@ def write_text(path: Path, text: str) -> None:
         writing.unlink(missing_ok=True)
 
 
+def checkpoint_folder(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, once it is whole."""
+    return directory / f"step_{step:08d}"
+
+
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the whole checkpoints, oldest first."""
     if not directory.is_dir():
@@ -95,6 +108,12 @@ def remove_leftovers(directory: Path) -> None:
         for path in directory.iterdir():
             if path.name.startswith((_WRITING, _REMOVING)):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def keep_newest(directory: Path, keep: int) -> None:
+    """Removes all but the `keep` newest checkpoints. Mutates: directory."""
+    for _, old in list_checkpoints(directory)[:-keep]:
+        _remove(old)
 
 
 def _remove(path: Path) -> None:
@@ -131,29 +150,39 @@ def save_checkpoint(
     Raises: CheckpointError where it cannot be written, a full disk included; earlier checkpoints stay whole.
     Mutates: directory.
     """
-    target = directory / f"step_{step:08d}"
+    target = checkpoint_folder(directory, step)
     if not target.exists():
-        try:
-            with whole_or_absent(target) as folder:
-                write_model(folder)
-                # A file of ours: given a path, torch's writer reports a full disk as a wrong position and no more.
-                with open(folder / _STATE_FILE, "wb") as file:
-                    torch.save(dict(tensors), file)
-                (folder / _JSON_FILE).write_text(json.dumps(dict(values), indent=1), encoding="utf-8")
-        except Exception as error:
-            whole = list_checkpoints(directory)
-            kept = (
-                f"the previous one, {whole[-1][1]}, is whole: make room and use --resume"
-                if whole
-                else "there is none yet"
-            )
-            reason = _reason(error)
-            raise CheckpointError(
-                f"cannot write the checkpoint of step {step} to {target}: {reason}; {kept}"
-            ) from error
-    for _, old in list_checkpoints(directory)[:-keep]:
-        _remove(old)
+        with told_as_checkpoint_error(directory, step), whole_or_absent(target) as folder:
+            write_model(folder)
+            write_state(folder, tensors, values)
+    keep_newest(directory, keep)
     return target
+
+
+def write_state(folder: Path, tensors: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """The trainer's part of a checkpoint, beside the model's. Mutates: the folder."""
+    # A file of ours: given a path, torch's writer reports a full disk as a wrong position and no more.
+    with open(folder / _STATE_FILE, "wb") as file:
+        torch.save(dict(tensors), file)
+    (folder / _JSON_FILE).write_text(json.dumps(dict(values), indent=1), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def told_as_checkpoint_error(directory: Path, step: int) -> Iterator[None]:
+    """Around writing: any error becomes a CheckpointError that says why, and which checkpoint is still whole."""
+    try:
+        yield
+    except Exception as error:
+        whole = list_checkpoints(directory)
+        kept = (
+            f"the previous one, {whole[-1][1]}, is whole: make room and give the same command again"
+            if whole
+            else "there is none yet"
+        )
+        target = checkpoint_folder(directory, step)
+        raise CheckpointError(
+            f"cannot write the checkpoint of step {step} to {target}: {_reason(error)}; {kept}"
+        ) from error
 
 
 def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:

@@ -55,8 +55,10 @@ class RunConfig:
         "the host between turns (staged) or always on the device (resident)",
         choices=("switch", "staged", "resident"),
     )
-    resume: bool = _field(False, "continue from the newest checkpoint in output_dir")
-    overwrite: bool = _field(False, "start anew where output_dir already holds a run, which is then lost")
+    resume: bool = _field(False, "only continue: refuse to begin a run where output_dir holds none")
+    overwrite: bool = _field(
+        False, "begin anew where output_dir already holds a run, which is then lost; else the same command continues it"
+    )
     timeout_s: float = _field(600.0, "how long a rank waits for the others before it gives up", unit="seconds", min=1.0)
     quiet: bool = _field(False, "no progress bar; without a terminal there is none either")
     wandb_project: str = _field("", "log to this Weights & Biases project too, which uploads the numbers; empty is off")

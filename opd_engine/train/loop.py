@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,34 +34,20 @@ from opd_engine.parallel.collectives import all_gather_json, all_reduce_max_, ba
 from opd_engine.parallel.launch import ParallelGroups, World, join_world, parallel_groups
 from opd_engine.teachers.local import LocalTeacher
 from opd_engine.teachers.pool import TeacherPool
-from opd_engine.train.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    remove_leftovers,
-    save_checkpoint,
-    write_text,
-)
-from opd_engine.train.config import (
-    TrainConfig,
-    config_from_toml,
-    config_to_toml,
-    differences,
-)
+from opd_engine.train.checkpoint import load_checkpoint, save_checkpoint, write_text
+from opd_engine.train.config import TrainConfig
 from opd_engine.train.evaluation import Evaluator
 from opd_engine.train.experiment import Experiment, prepare
-from opd_engine.train.journal import EVENTS_FOLDER, METRICS_FILE, Journal, read_metrics
+from opd_engine.train.journal import METRICS_FILE, Journal, read_metrics
 from opd_engine.train.plots import draw_plots
 from opd_engine.train.pretrain import learning_rate_factor
 from opd_engine.train.progress import Progress
 from opd_engine.train.prompts import Prompt, PromptCursor
 from opd_engine.train.rollouts import Writer
-from opd_engine.train.samples import SAMPLES_FILE, append_samples, choose, forget_after
+from opd_engine.train.run_folder import CHECKPOINTS, RunFolder, opened
+from opd_engine.train.samples import append_samples, choose
 from opd_engine.train.settings import ConfigError
 from opd_engine.train.summary import SUMMARY_FILE, make_summary
-from opd_engine.train.workshop import MODELS
-
-CONFIG_FILE = "config.toml"
-CHECKPOINTS = "checkpoints"
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -82,17 +67,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 f"run.tp: wanted the number of ranks that were started, {world.world_size}, got {config.run.tp} "
                 "(start them with: torchrun --nproc-per-node TP -m opd_engine train ... --tp TP)"
             )
-        directory = Path(config.run.output_dir)
-        is_new = world.is_main and _check_directory(directory, config)
-        barrier(world.group)
-        try:
-            trainer = Trainer(config, world, started)
-        except Exception:
-            # Corrected and started again, the command must not find a run that never began.
-            if is_new:
-                (directory / CONFIG_FILE).unlink(missing_ok=True)
-            raise
-        return trainer.train()
+        with opened(config, world) as folder:
+            return Trainer(config, world, started, folder).train()
 
 
 def _quiet_transformers() -> None:
@@ -102,53 +78,17 @@ def _quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def _check_directory(directory: Path, config: TrainConfig) -> bool:
-    """Refuses a folder whose run would be lost, or is not the one to continue. Changes nothing of a run that is there.
-
-    Returns: whether there was none; its settings are then written at once, so that --resume works from here on.
-    """
-    saved = directory / CONFIG_FILE
-    if config.run.resume:
-        if not saved.is_file():
-            raise ConfigError(f"run.resume: wanted a run in {directory}, got none (no {CONFIG_FILE})")
-        if changed := differences(config_from_toml(saved), config):
-            raise ConfigError(f"run.resume: wanted the settings of the run in {directory}; {'; '.join(changed)}")
-    elif saved.is_file() and not config.run.overwrite:
-        raise ConfigError(
-            f"run.output_dir: {directory} already holds a run; continue it with --resume, discard it with "
-            "--overwrite, or choose another folder"
-        )
-    elif not saved.is_file():
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(saved, config_to_toml(config))
-        return True
-    return False
-
-
-def _begin(directory: Path, config: TrainConfig) -> None:
-    """Makes the folder this run's, once all that the run reads was found good. Mutates: the folder."""
-    if not config.run.resume:
-        for name in (CHECKPOINTS, EVENTS_FOLDER, "plots"):
-            shutil.rmtree(directory / name, ignore_errors=True)
-        for name in (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, CONFIG_FILE):
-            (directory / name).unlink(missing_ok=True)
-    remove_leftovers(directory / CHECKPOINTS)
-    write_text(directory / CONFIG_FILE, config_to_toml(config))
-
-
 class Trainer:
     """One run on one rank: models, optimizer, cursor and generators, and the steps over them."""
 
-    def __init__(self, config: TrainConfig, world: World, started: float) -> None:
-        self.config, self.world, self.started = config, world, started
-        self.directory = Path(config.run.output_dir)
+    def __init__(self, config: TrainConfig, world: World, started: float, folder: RunFolder) -> None:
+        self.config, self.world, self.started, self.folder = config, world, started, folder
+        self.directory = folder.path
         self.groups = parallel_groups(world, config.run.tp)
         self.progress = Progress(shown=world.is_main and not config.run.quiet)
         self.experiment = self._prepare()
         tasks = {prompt.task for prompt in (*self.experiment.train, *self.experiment.evaluation)}
         config.opd.tasks = config.opd.tasks or tuple(sorted(tasks - {""}))
-        checkpoints = list_checkpoints(self.directory / CHECKPOINTS) if config.run.resume else []
-        self.resumed_from = checkpoints[-1][1] if checkpoints else None
         self._load_models()
         self.optimizer = torch.optim.AdamW(
             self.student.module.parameters(),
@@ -162,10 +102,9 @@ class Trainer:
         self.step_number = 0
         self.teacher_values: dict[str, dict[str, float]] = {}
         self.seconds_before = 0.0
-        journal_size = self._restore() if self.resumed_from is not None else None
+        journal_size = self._restore(folder.checkpoint) if folder.checkpoint is not None else None
         if world.is_main:
-            _begin(self.directory, config)
-            forget_after(self.directory, self.step_number)
+            folder.begin(self.step_number)
         self.journal = (
             Journal(
                 self.directory,
@@ -180,15 +119,14 @@ class Trainer:
     # ---- starting ----------------------------------------------------------------------------------------------------
     def _prepare(self) -> Experiment:
         if self.world.is_main:
-            if not self.config.run.resume:
-                shutil.rmtree(self.directory / MODELS, ignore_errors=True)  # of a run that is being discarded
+            self.folder.discard_models()
             experiment = prepare(self.config, self.progress.supervised)
         barrier(self.world.group)
         return experiment if self.world.is_main else prepare(self.config, self.progress.supervised, make=False)
 
     def _load_models(self) -> None:
         config, groups = self.config, self.groups
-        source = self.resumed_from or self.experiment.student
+        source = self.folder.checkpoint or self.experiment.student
         self.tokenizer = load_tokenizer(
             source, trust_remote_code=config.student.trust_remote_code, argument="student.path"
         )
@@ -226,9 +164,9 @@ class Trainer:
         shard = even_shard(vocab_size, groups.tp_group, groups.tp_size, groups.tp_rank)
         return make_backend(module, tokenizer, shard=shard)
 
-    def _restore(self) -> int:
+    def _restore(self, checkpoint: Path) -> int:
         """Everything but the weights from the checkpoint; returns the size metrics.jsonl had."""
-        tensors, values = load_checkpoint(self.resumed_from)
+        tensors, values = load_checkpoint(checkpoint)
         self.optimizer.load_state_dict(tensors["optimizer"])
         self.generator.set_state(tensors["rollout_generator"])
         torch.set_rng_state(tensors["torch_generator"])
@@ -244,7 +182,7 @@ class Trainer:
         steps = self.config.optimizer.steps
         if not self.teacher_values:
             self.teacher_values = self.evaluator.measure_teachers(self.teachers)
-        if self.resumed_from is None:
+        if self.folder.checkpoint is None:
             self._evaluate()
             self._save()
         with self.progress.training(steps, self.step_number) as bar:
