@@ -88,4 +88,20 @@ def build_gpt(
     )
     # Megatron's own scaling takes a factor and fixes the rest; this is what the config says, for every kind.
     model.rotary_pos_emb.inv_freq = shape.rope.inverse_frequencies(shape.head_dim)
+    _mark_shards(model)
     return model
+
+
+def _mark_shards(model: torch.nn.Module) -> None:
+    """Tell Megatron which weights are shards; it does so itself only where it initialises them.
+
+    Unmarked, they count as copies: the gradient norm, and with it the clipping, would see one tensor-parallel rank's.
+    """
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
+            weight = module.weight
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, True, int(isinstance(module, RowParallelLinear)), 1)
