@@ -55,6 +55,8 @@ class WeightStore:
         self._sets: dict[str, _WeightSet] = {}
         self._own: dict[str, Tensor] = {}
         self._lent: dict[int, Tensor] = {}
+        self.publications = 0
+        """How often the trainable weights were published: the version that a rollout engine holds."""
         self._trained = self._live_fingerprint()
 
     # ---- what there is -----------------------------------------------------------------------------------------------
@@ -172,6 +174,26 @@ class WeightStore:
         self._check_other(tag, "drop")
         del self._sets[self._known(tag)]
 
+    def copies(self) -> dict[str, dict[str, Tensor]]:
+        """Tag -> tensors of the sets that came of the live weights (`back_up`, `blend`): they belong into a checkpoint.
+
+        Names are those of live_tensors(); a running mean is float32.
+        """
+        self._settle()
+        return {tag: dict(one.tensors) for tag, one in self._sets.items() if one.origin == "copied"}
+
+    def restore_copy(self, tag: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take a set back that `copies` gave, from the run's own checkpoint; buffers not in it are the live model's.
+
+        Raises: ValueError as `load`.
+        """
+        self.load(tag, tensors)
+        one = self._sets[tag]
+        for name, tensor in tensors.items():
+            if tensor.dtype != one.tensors[name].dtype:  # a mean in float32 of a model in bf16
+                one.tensors[name] = _host_like(tensor.detach()).copy_(tensor.detach())
+        one.origin = "copied"
+
     # ---- switching ---------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def active(self, tag: str) -> Iterator[None]:
@@ -231,6 +253,7 @@ class WeightStore:
         """Around sending the weights to a rollout engine; gives the live tensors by name."""
         with self._guarded("a publish"):
             yield self.live_tensors()
+            self.publications += 1
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[dict[str, Tensor]]:

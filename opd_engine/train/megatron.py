@@ -1,13 +1,13 @@
 """The training loop on Megatron: the same settings, folders and journal, the model split over ranks.
 
 Read `run` first, then MegatronTrainer.step. Rollouts come from the current weights by whole forwards, which fits small
-models; weights that train, teachers' weights and what is written to disk go through one WeightStore.
+models; weights that train, teachers' weights and what is written to disk go through one WeightStore. A run killed at
+any moment continues when the same command is given again: bit for bit on the same ranks, to rounding on others.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,9 +21,10 @@ from opd_engine.distillation.rollout import RolloutBatch, pack_rollouts
 from opd_engine.distillation.step import ScoredRollouts, row_divergences
 from opd_engine.integrations.hf.models import load_tokenizer, token_to_id, torch_dtype
 from opd_engine.integrations.megatron import BatchLayout, MegatronActor, MegatronScorer
+from opd_engine.integrations.megatron.checkpoint import read_checkpoint
 from opd_engine.integrations.megatron.gpt import build_gpt
 from opd_engine.integrations.megatron.gpt_shape import GPTShape
-from opd_engine.integrations.megatron.loading import check_checkpoint, load_module, load_set, save_weights
+from opd_engine.integrations.megatron.loading import check_checkpoint, load_module, load_set
 from opd_engine.integrations.megatron.rollout import generate
 from opd_engine.integrations.megatron.teachers import own_teacher, switched_teacher
 from opd_engine.integrations.megatron.training import make_trainable, start_megatron, stop_megatron
@@ -31,20 +32,20 @@ from opd_engine.parallel.collectives import all_reduce_max_, all_reduce_sum_, ba
 from opd_engine.parallel.launch import World, join_world
 from opd_engine.teachers.pool import TeacherPool
 from opd_engine.teachers.weight_store import WeightStore
-from opd_engine.train.checkpoint import list_checkpoints, write_text
-from opd_engine.train.config import TrainConfig, config_to_toml
+from opd_engine.train.checkpoint import load_checkpoint, write_text
+from opd_engine.train.config import TrainConfig
 from opd_engine.train.experiment import prepare
 from opd_engine.train.journal import METRICS_FILE, Journal, read_metrics
+from opd_engine.train.megatron_checkpoints import MegatronCheckpoints
 from opd_engine.train.plots import draw_plots
 from opd_engine.train.pretrain import learning_rate_factor
 from opd_engine.train.progress import Progress
 from opd_engine.train.prompts import Prompt, PromptCursor
-from opd_engine.train.samples import append_samples, choose, forget_after
+from opd_engine.train.run_folder import CHECKPOINTS, RunFolder, folder_identity, opened
+from opd_engine.train.samples import append_samples, choose
 from opd_engine.train.settings import ConfigError
 from opd_engine.train.summary import SUMMARY_FILE, make_summary
 
-CONFIG_FILE = "config.toml"
-CHECKPOINTS = "checkpoints"
 STUDENT = "student"
 
 
@@ -59,47 +60,35 @@ def run(config: TrainConfig) -> dict[str, Any]:
     _refuse(config)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    with join_world(config.run.device.split(":")[0], timeout_s=config.run.timeout_s, group_when_alone=True) as world:
-        if world.is_main:
-            _open_directory(Path(config.run.output_dir), config)
-        barrier(world.group)
+    device = config.run.device.split(":")[0]
+    with (
+        join_world(device, timeout_s=config.run.timeout_s, group_when_alone=True) as world,
+        opened(config, world) as folder,
+    ):
         try:
-            return MegatronTrainer(config, world, started).train()
+            return MegatronTrainer(config, world, started, folder).train()
         finally:
             stop_megatron()
 
 
 def _refuse(config: TrainConfig) -> None:
     for key, value, wanted, why in (
-        ("run.resume", config.run.resume, False, "a Megatron run begins anew"),
         ("run.cp", config.run.cp, 1, "its attention needs TransformerEngine; give MegatronActor a model that has it"),
     ):
         if value != wanted:
             raise ConfigError(f'{key}: wanted {wanted} for run.backend = "megatron", got {value}: {why}')
 
 
-def _open_directory(directory: Path, config: TrainConfig) -> None:
-    """Makes the run's folder ready. Mutates: it."""
-    if (directory / CONFIG_FILE).is_file():
-        if not config.run.overwrite:
-            raise ConfigError(
-                f"run.output_dir: {directory} already holds a run; discard it with --overwrite, or choose another"
-            )
-        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-        (directory / SUMMARY_FILE).unlink(missing_ok=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / CONFIG_FILE, config_to_toml(config))
-
-
 class MegatronTrainer:
     """One run on one rank."""
 
-    def __init__(self, config: TrainConfig, world: World, started: float) -> None:
-        self.config, self.world, self.started = config, world, started
-        self.directory = Path(config.run.output_dir)
+    def __init__(self, config: TrainConfig, world: World, started: float, folder: RunFolder) -> None:
+        self.config, self.world, self.started, self.folder = config, world, started, folder
+        self.directory = folder.path
         self.progress = Progress(shown=world.is_main and not config.run.quiet)
         self.groups = start_megatron(config.run.tp, config.run.pp, config.run.cp, seed=config.run.seed)
         if world.is_main:
+            folder.discard_models()
             experiment = prepare(config, self.progress.supervised)
         barrier(world.group)
         self.experiment = experiment if world.is_main else prepare(config, self.progress.supervised, make=False)
@@ -110,10 +99,25 @@ class MegatronTrainer:
         self.cursor = PromptCursor(self.experiment.train, config.data.mixing, config.run.seed)
         self.generator = torch.Generator().manual_seed(config.run.seed)
         self.step_number = 0
-        project = config.run.wandb_project
-        self.journal = Journal(self.directory, wandb_project=project) if world.is_main else None
+        self.teacher_values: dict[str, dict[str, float]] = {}
+        self.seconds_before = 0.0
+        self.checkpoints = MegatronCheckpoints(
+            folder.path / CHECKPOINTS, config.checkpoint.keep, world, self.actor, self.weights, self.token_map
+        )
+        self.teacher_set = {name: folder_identity(path) for name, path in self.experiment.teachers.items()}
+        journal_size = self._restore(folder.checkpoint) if folder.checkpoint is not None else None
         if world.is_main:
-            forget_after(self.directory, self.step_number)
+            folder.begin(self.step_number)
+        self.journal = (
+            Journal(
+                self.directory,
+                size=journal_size,
+                first_step=self.step_number + 1,
+                wandb_project=config.run.wandb_project,
+            )
+            if world.is_main
+            else None
+        )
 
     # ---- starting ----------------------------------------------------------------------------------------------------
     def _tokenizer(self, folder: Path, argument: str):
@@ -148,7 +152,7 @@ class MegatronTrainer:
             beta2=options.beta2,
             weight_decay=options.weight_decay,
             clip=options.clip,
-            distributed=groups.dp.size() > 1,
+            distributed=True,  # also alone: its checkpoints are one format for every number of ranks
         )
         self.module = module
         self.weights = WeightStore(module, trainable=STUDENT)
@@ -187,20 +191,23 @@ class MegatronTrainer:
     def train(self) -> dict[str, Any]:
         """All steps, with evaluation and checkpoints."""
         steps, every = self.config.optimizer.steps, self.config.eval.every
-        held_out = {name: self.accuracy(self.teachers[name], name) for name in self.teachers}
-        self.teacher_values = {"accuracy": {t: v for found in held_out.values() for t, v in found.items()}}
-        self._evaluate()
-        with self.progress.training(steps, 0) as bar:
+        if self.folder.checkpoint is None:
+            held_out = {name: self.accuracy(self.teachers[name], name) for name in self.teachers}
+            self.teacher_values = {"accuracy": {t: v for found in held_out.values() for t, v in found.items()}}
+            self._evaluate()
+        with self.progress.training(steps, self.step_number) as bar:
             while self.step_number < steps:
                 record = self.step()
                 self.step_number += 1
                 self._record("train", record)
+                self.checkpoints.poll()
                 bar.advance(record)
                 last = self.step_number == steps
                 if last or self.step_number % every == 0:
                     bar.note(self._evaluate())
                 if last or self.step_number % self.config.checkpoint.every == 0:
                     self._save()
+        self.checkpoints.finish()
         return self._finish()
 
     def step(self) -> dict[str, float]:
@@ -332,23 +339,39 @@ class MegatronTrainer:
     # ---- writing -----------------------------------------------------------------------------------------------------
     def _record(self, kind: str, values: dict[str, float]) -> None:
         if self.journal is not None:
-            seconds = round(time.monotonic() - self.started, 3)
-            self.journal.record(self.step_number, kind, values | {"seconds": seconds})
+            self.journal.record(self.step_number, kind, values | {"seconds": round(self._seconds(), 3)})
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
 
     def _save(self) -> None:
-        """A distributed checkpoint of the student's weights, written aside and renamed; the newest are kept."""
-        folder = self.directory / CHECKPOINTS
-        aside, target = folder / ".writing", folder / f"step_{self.step_number:08d}"
-        if self.world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        barrier(self.world.group)
-        with self.weights.saving():
-            save_weights(self.module, aside, token_map=self.token_map if self.world.is_main else None)
-        barrier(self.world.group)
-        if self.world.is_main:
-            aside.rename(target)
-            for _, old in list_checkpoints(folder)[: -self.config.checkpoint.keep]:
-                shutil.rmtree(old)
+        """Begins the checkpoint of this step; it is written while training goes on."""
+        values = {
+            "step": self.step_number,
+            "cursor": self.cursor.state(),
+            "teachers": self.teacher_set,
+            "teacher_values": self.teacher_values,
+            "journal_bytes": 0 if self.journal is None else self.journal.sync(),
+            "seconds": self._seconds(),
+        }
+        self.checkpoints.save(self.step_number, {"rollout_generator": self.generator.get_state()}, values)
+
+    def _restore(self, checkpoint: Path) -> int:
+        """Everything from the checkpoint; returns the size metrics.jsonl had."""
+        tensors, values = load_checkpoint(checkpoint)
+        for name, identity in self.teacher_set.items():
+            if (saved := values["teachers"].get(name)) != identity:
+                raise ConfigError(
+                    f"teachers.{name}: {self.experiment.teachers[name]} is not what the run in {self.directory} began "
+                    f"with: wanted {saved}, got {identity}"
+                )
+        read_checkpoint(self.actor, self.weights, checkpoint, seed=self.config.run.seed + values["step"])
+        self.generator.set_state(tensors["rollout_generator"])
+        self.cursor.restore(values["cursor"])
+        self.step_number = values["step"]
+        self.teacher_values = values["teacher_values"]
+        self.seconds_before = values["seconds"]
+        return values["journal_bytes"]
 
     def _finish(self) -> dict[str, Any]:
         if self.journal is None:
@@ -357,7 +380,7 @@ class MegatronTrainer:
         self.journal.close()
         draw_plots(self.directory, self.config.opd.divergence, self.teacher_values)
         records = read_metrics(self.directory / METRICS_FILE)
-        summary = make_summary(self.config, records, self.teacher_values, time.monotonic() - self.started)
+        summary = make_summary(self.config, records, self.teacher_values, self._seconds())
         write_text(self.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         return summary
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import socket
@@ -30,6 +31,7 @@ CHECKPOINTS = "checkpoints"
 _LOCK_FILE = ".lock"
 # A killed run's other ranks need seconds to notice; the processes that write its checkpoint end by themselves.
 _WAIT_S = 60.0
+_ENDS_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
@@ -60,6 +62,23 @@ def written_alone(directory: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def folder_identity(folder: Path) -> str:
+    """A number of a model folder, to tell it from another: names, sizes, small files whole, large ones by their ends.
+
+    It finds a teacher that was trained further or mixed up, not a single changed weight.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(_ENDS_BYTES))
+            if size > 2 * _ENDS_BYTES:
+                file.seek(-_ENDS_BYTES, os.SEEK_END)
+            digest.update(file.read(_ENDS_BYTES))
+    return digest.hexdigest()[:16]
 
 
 class RunFolder:
