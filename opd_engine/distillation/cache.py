@@ -90,6 +90,25 @@ class ScoreCache:
             self._scores[teacher, sample] = block
             self._scored_by.setdefault(sample, set()).add(teacher)
 
+    def put_hidden(self, teacher: str, batch: RolloutBatch, hidden: Tensor) -> None:
+        """Store a teacher's hidden states instead of its scores: [rows that count, width]."""
+        if hidden.shape[0] != int(batch.loss_mask.sum()):
+            raise ValueError(
+                f"hidden: wanted {int(batch.loss_mask.sum())} rows, those that count, got {hidden.shape[0]}"
+            )
+        block = _Block({"hidden": _to_host(hidden, torch.arange(hidden.shape[0]))}, _spans(batch))
+        for sample in batch.sample_ids.tolist():
+            self._scores[teacher, sample] = block
+            self._scored_by.setdefault(sample, set()).add(teacher)
+
+    def hidden(self, teacher: str, batch: RolloutBatch, rows: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """The stored hidden states of some rows of sequences that the teacher has: [n, width], on the device.
+
+        rows: [n] int64, numbers among the batch's rows that count
+        """
+        blocks = [self._scores.get((teacher, sample)) for sample in batch.sample_ids.tolist()]
+        return _assemble(batch, blocks, "hidden", device, 0.0)[rows.to(device)]
+
     def put_overlap(self, teacher: str, batch: RolloutBatch, shared: Tensor) -> None:
         """Store, a sample, how much of a teacher's top-k and the student's is shared.
 

@@ -106,6 +106,13 @@ class OPDConfig:
     check_teachers: bool = field(
         default=True, metadata=_help("end the run where a teacher's scores are NaN, no distribution, or all the same")
     )
+    keep_teacher_hidden: bool = field(
+        default=False,
+        metadata=_help(
+            "keep the teachers' hidden states, not scores, and choose the student's top-k in the training forward: "
+            "saves the old policy's pass, for hidden_size x 2 bytes a token; one optimizer step a rollout"
+        ),
+    )
     inplace_backward: bool = field(
         default=False, metadata=_help("overwrite the student's logits with their gradient in the backward")
     )
@@ -113,7 +120,7 @@ class OPDConfig:
     @property
     def needs_student_pass(self) -> bool:
         """Whether the old policy's top-k is part of the support."""
-        return self.support in ("student", "union")
+        return self.support in ("student", "union") and not self.keep_teacher_hidden
 
     @property
     def needs_student_target(self) -> bool:
@@ -170,6 +177,15 @@ class OPDConfig:
             if self.support not in ("union", "teacher"):
                 raise ValueError(f"union_cap: needs support 'union' or 'teacher', got support {self.support!r}")
         self._refuse_what_cannot_distil()
+
+        if self.keep_teacher_hidden:
+            for name, wanted in (
+                ("support", "student"),
+                ("optimizer_steps_per_rollout", 1),
+                ("measure_overlap", False),
+            ):
+                if getattr(self, name) != wanted:
+                    raise ValueError(f"keep_teacher_hidden: needs {name} {wanted!r}, got {getattr(self, name)!r}")
 
     def _refuse_what_cannot_distil(self) -> None:
         if self.loss_type == "advantage":

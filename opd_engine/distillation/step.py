@@ -18,6 +18,8 @@ from torch import Tensor
 
 from opd_engine.distillation.cache import ScoreCache
 from opd_engine.distillation.config import OPDConfig
+from opd_engine.distillation.kept_hidden import keep_hidden, members_from_hidden
+from opd_engine.distillation.members import load_members, one_teacher, owners_of, shares_of
 from opd_engine.distillation.metrics import MetricSums, group_sums, row_sums
 from opd_engine.distillation.off_policy import state_weights
 from opd_engine.distillation.policy import policy_losses
@@ -25,13 +27,12 @@ from opd_engine.distillation.reductions import Denominators
 from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.distillation.support import put_supports, scoring_batches
 from opd_engine.functional.losses import distill_loss
-from opd_engine.functional.scores import gather_log_probs
+from opd_engine.functional.scores import gather_log_probs, topk_log_probs
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.parallel.vocab import VocabShard
 from opd_engine.teachers.local import LocalTeacher
-from opd_engine.teachers.mixture import mix_teachers
 from opd_engine.teachers.pool import TeacherPool
-from opd_engine.teachers.protocols import ModelBackend, Teacher
+from opd_engine.teachers.protocols import ModelBackend, Teacher, TeacherHead
 from opd_engine.teachers.sentinel import check_alive
 
 
@@ -44,6 +45,9 @@ class ScoredRollouts:
     mixture: how several teachers combine
     vocab_size: the student's real vocabulary
     tasks: whose metrics are kept apart
+    heads: the LM heads of teachers that are kept as hidden states, on the device for the length of a step
+    keeps_hidden: whether teachers are kept as hidden states instead of scores
+    stepped: whether an optimizer step was taken on any of it
     """
 
     cache: ScoreCache
@@ -51,6 +55,9 @@ class ScoredRollouts:
     mixture: str
     vocab_size: int
     tasks: tuple[str, ...] = ()
+    heads: dict[str, TeacherHead] = dataclasses.field(default_factory=dict)
+    keeps_hidden: bool = False
+    stepped: bool = False
 
     @property
     def metric_groups(self) -> tuple[str, ...]:
@@ -84,16 +91,39 @@ class ScoredRollouts:
         return self.cache.scores(batch, [name] * batch.num_seqs, device)
 
     def require(self, batch: RolloutBatch) -> None:
-        """Raise where anything that a loss on this batch reads was never scored, or is freed. Moves nothing.
+        """Raise where anything that a loss on this batch reads is missing, freed or out of date. Moves nothing.
 
         For backends whose processes must all learn of it before any of them begins to wait for another.
         """
-        shares = _shares(batch, self.teachers.route(batch, self.mixture), self.teachers)
+        if self.keeps_hidden and self.stepped:
+            raise ValueError(
+                "keep_teacher_hidden: the student has been updated since this rollout was scored, so its top-k is not "
+                "the rollout's any more; wanted one optimizer step a rollout, or keep_teacher_hidden=False"
+            )
+        shares = shares_of(batch, self.teachers.route(batch, self.mixture), self.teachers)
         self.cache.require(batch, list(shares.items()))
 
     def release(self, batch: RolloutBatch) -> int:
         """Call after an optimizer step, with its batch: frees what no later step uses. Returns the bytes freed."""
+        self.stepped = True
+        self.heads.clear()
         return self.cache.release(batch)
+
+    def members_at(self, batch: RolloutBatch, indices: Tensor, rows: Tensor, config: OPDConfig) -> list[TokenScores]:
+        """The teachers at ids the student has just chosen, from their kept hidden states; no gradient.
+
+        indices: [n, k]; rows: [n] int64, the packed row of each, -1 for one that only fills
+
+        Raises: ValueError after an optimizer step on this rollout: the ids would no longer be the old policy's.
+        Communicates: as TeacherPool.score_hidden, teacher by teacher.
+        """
+        self.require(batch)
+        owners, _ = owners_of(batch, self.teachers, self.mixture)
+        for name in self.teachers.names:
+            if name not in self.heads and any(name in owner for owner in owners):
+                self.heads[name] = self.teachers[name].head_on(indices.device)
+        options = {"vocab_size": self.vocab_size, "temperature": config.temperature}
+        return members_from_hidden(batch, indices, rows, owners, self.cache, self.heads, self.teachers, **options)
 
 
 def score_rollouts(
@@ -115,9 +145,13 @@ def score_rollouts(
     config.validate(vocab_size=student.vocab_size)
     teachers.check_vocabulary(student.token_to_id())
     weights = teachers.route(batch, config.mixture)
-    shares = _shares(batch, weights, teachers)
+    shares = shares_of(batch, weights, teachers)
     cache = ScoreCache(config.optimizer_steps_per_rollout)
     scored = ScoredRollouts(cache, teachers, config.mixture, student.vocab_size, tuple(config.tasks))
+    if config.keep_teacher_hidden:
+        keep_hidden(cache, batch, shares, teachers, config)
+        scored.keeps_hidden = True
+        return scored
     own = student if isinstance(student, Teacher) else LocalTeacher(student, max_tokens=config.score_batch_tokens)
     both = put_supports(cache, batch, shares, own, teachers, config)
     for name in teachers.turns(() if both else (name for name, share in shares.items() if share)):
@@ -181,16 +215,22 @@ def distillation_loss(
     """
     if logits.shape[:-1].numel() != batch.num_tokens:
         raise ValueError(f"logits: wanted {batch.num_tokens} rows, one a packed token, got shape {list(logits.shape)}")
-    target = target_of_loss(batch, config, denominators, logits.device)
-    student = gather_log_probs(
-        logits,
-        scored.support(batch, logits.device),
-        target=target,
-        temperature=config.temperature,
-        shard=shard or VocabShard(0, logits.shape[-1], scored.vocab_size),
-        inplace_backward=config.inplace_backward,
-    )
-    return distillation_loss_of_scores(student, batch, scored, config, denominators)
+    device, members = logits.device, None
+    target = target_of_loss(batch, config, denominators, device)
+    options = {
+        "temperature": config.temperature,
+        "shard": shard or VocabShard(0, logits.shape[-1], scored.vocab_size),
+    }
+    if config.keep_teacher_hidden:
+        rows = torch.arange(batch.num_tokens, device=device)
+        counts = batch.loss_mask.to(device)
+        top = topk_log_probs(logits.detach(), config.k, **options).indices.flatten(0, -2)
+        indices = top.masked_fill(~counts.unsqueeze(1), -1)
+        members = scored.members_at(batch, indices, rows.masked_fill(~counts, -1), config)
+    else:
+        indices = scored.support(batch, device)
+    student = gather_log_probs(logits, indices, target=target, inplace_backward=config.inplace_backward, **options)
+    return distillation_loss_of_scores(student, batch, scored, config, denominators, members)
 
 
 def target_of_loss(
@@ -204,12 +244,19 @@ def target_of_loss(
 
 
 def distillation_loss_of_scores(
-    student: TokenScores, batch: RolloutBatch, scored: ScoredRollouts, config: OPDConfig, denominators: Denominators
+    student: TokenScores,
+    batch: RolloutBatch,
+    scored: ScoredRollouts,
+    config: OPDConfig,
+    denominators: Denominators,
+    members: list[TokenScores] | None = None,
 ) -> tuple[Tensor, MetricSums]:
     """`distillation_loss` from the student's scores, for a backend that gathers them by itself.
 
     student: of `scored.support(batch)`, differentiable, with the target's log-prob where `target_of_loss` gives one;
         rows without weight may hold anything
+    members: the teachers' scores at the student's ids where they were not frozen, as `ScoredRollouts.members_at` gives
+        them, of all rows of the batch
 
     Grad: for the student's scores. Communicates: nothing.
     """
@@ -219,7 +266,10 @@ def distillation_loss_of_scores(
     next_tokens = batch.next_tokens().to(device)
     indices = student.indices.flatten(0, -2)
     student = _only_live(student, indices, live)
-    members, weights = _load_members(batch, scored, indices)
+    if members is None:
+        members, weights = load_members(batch, scored.cache, scored.teachers, scored.mixture, indices)
+    else:
+        weights = scored.teachers.route(batch, scored.mixture).to(device)
     if config.loss_type == "advantage":
         losses, divergences = _advantage_losses(student, members, weights, batch, config)
     else:
@@ -237,7 +287,7 @@ def distillation_loss_of_scores(
         loss = loss + term
         policy = {"policy_loss": term.detach(), "clipped_rows": (clipped & live).sum()}
     with torch.no_grad():
-        combined = _combined(members, weights, config.mixture)
+        combined = one_teacher(members, weights, config.mixture)
         sums = row_sums(divergences[0], student, combined, live, next_tokens, reached)
         sums["loss"] = loss.detach()
         sums |= policy
@@ -260,13 +310,15 @@ def row_divergences(student: Teacher, batch: RolloutBatch, scored: ScoredRollout
     Communicates: as gather_log_probs.
     """
     nothing = torch.full((batch.num_tokens,), torch.nan, dtype=torch.float64)
+    if config.keep_teacher_hidden:
+        return nothing
     if not getattr(student, "holds_scores", True):
         student.score(batch, torch.full((batch.num_tokens, 1), -1), temperature=config.temperature)
         return nothing
     ids = scored.support(batch)
     target = batch.next_tokens().masked_fill(~batch.loss_mask, -1) if config.needs_student_target else None
     own = student.score(batch, ids, target=target, temperature=config.temperature).to("cpu")
-    members, weights = _load_members(batch, scored, ids)
+    members, weights = load_members(batch, scored.cache, scored.teachers, scored.mixture, ids)
     own = _only_live(own, ids, batch.loss_mask)
     if config.loss_type == "advantage":
         _, divergences = _advantage_losses(own, members, weights, batch, config)
@@ -304,13 +356,6 @@ def _sums_by_group(
     return sums
 
 
-def _shares(batch: RolloutBatch, weights: Tensor, teachers: TeacherPool) -> dict[str, list[int]]:
-    """Teacher name -> the sequences in which it scores a row that counts, in pool order."""
-    sequence = batch.row_sequence()
-    rows = (weights > 0) & batch.loss_mask
-    return {name: sequence[rows[position]].unique().tolist() for position, name in enumerate(teachers.names)}
-
-
 def _only_live(scores: TokenScores, indices: Tensor, live: Tensor) -> TokenScores:
     """Flat scores whose other rows are constants, so that nothing flows back to them, whatever the loss there is.
 
@@ -329,33 +374,6 @@ def _only_live(scores: TokenScores, indices: Tensor, live: Tensor) -> TokenScore
         entropy=flat(scores.entropy, 0.0),
         target_log_prob=flat(scores.target_log_prob, 0.0),
     )
-
-
-def _load_members(batch: RolloutBatch, scored: ScoredRollouts, indices: Tensor) -> tuple[list[TokenScores], Tensor]:
-    """The teachers' frozen scores on the device, and the weights [teachers, num_tokens].
-
-    Under "route" one TokenScores holds each sequence's own teacher; otherwise one a teacher, in pool order.
-    """
-    teachers, device = scored.teachers, indices.device
-    weights = teachers.route(batch, scored.mixture)
-    shares = _shares(batch, weights, teachers)
-    owners: list[list[str | None]] = [[None] * batch.num_seqs for _ in teachers.names]
-    for position, name in enumerate(teachers.names):
-        for sequence in shares[name]:
-            owners[position][sequence] = name
-    if scored.mixture == "route":
-        owners = [[next((name for name in column if name is not None), None) for column in zip(*owners)]]
-    members = [scored.cache.scores(batch, column, device, indices) for column in owners]
-    return members, weights.to(device)
-
-
-def _combined(members: list[TokenScores], weights: Tensor, mixture: str) -> TokenScores:
-    """One teacher out of several; of a weighted sum of losses, the arithmetic mixture (for metrics)."""
-    if mixture == "route" or len(members) == 1:
-        return members[0]
-    # Rows that do not count may have no weight at all; there any weights do.
-    weights = weights.where((weights > 0).any(0), 1.0)
-    return mix_teachers(members, weights, mode="geometric" if mixture == "geometric" else "arithmetic")
 
 
 def _divergence_losses(
@@ -383,7 +401,7 @@ def _divergence_losses(
     # A teacher without weight in a row may hold NaN there: the student itself stands in, at divergence zero.
     members = [_stand_in(member, frozen, weights[position] > 0) for position, member in enumerate(members)]
     if config.mixture != "loss_sum":
-        losses = divergence(_combined(members, weights, config.mixture))
+        losses = divergence(one_teacher(members, weights, config.mixture))
         with torch.no_grad():
             return losses, [losses.detach(), *(divergence(member, frozen) for member in members)]
     shares = (weights / weights.sum(0)).nan_to_num(nan=0.0)
@@ -409,7 +427,7 @@ def _advantage_losses(
         raise ValueError("rollout_log_probs: loss_type 'advantage' needs them, got None")
     device = student.tail_log_prob.device
     rollout = batch.rollout_log_probs.to(device=device, dtype=torch.float64).where(student.indices[:, 0] != -1, 0.0)
-    teacher = _combined(members, weights, config.mixture).log_probs[:, 0].double()
+    teacher = one_teacher(members, weights, config.mixture).log_probs[:, 0].double()
     if config.teacher_log_prob_min is not None:
         teacher = teacher.clamp(min=config.teacher_log_prob_min)
     counts = student.indices[:, 0] != -1

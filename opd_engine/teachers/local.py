@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -125,6 +126,25 @@ class LocalTeacher:
 
         return self._walk(batch, score_rows, k)
 
+    def hidden(self, batch: ScoringBatch) -> Tensor:
+        """Hidden states of the rows that count: [rows, hidden_size].
+
+        Raises: ValueError where the backend has no hidden states to give, or its weights do not stay.
+        """
+        if not isinstance(self.backend, ProjectingBackend) or self.splits_itself:
+            reason = "its weights are not there between its turns" if self.splits_itself else "its head is not apart"
+            raise ValueError(f"hidden: wanted a resident backend with hidden and project, but {reason}")
+        parts = []
+        with torch.no_grad(), scoring_mode(self.backend):
+            for micro in batch.micro_batches(max_tokens=self.max_tokens):
+                hidden = self.backend.hidden(micro)
+                parts.append(hidden[micro.loss_mask.nonzero().flatten().to(hidden.device)])
+        return torch.cat(parts)
+
+    def head_on(self, device: torch.device | None) -> _LocalHead:
+        """The backend's own head, where it is."""
+        return _LocalHead(self)
+
     def _shard(self, logits: Tensor) -> VocabShard:
         return self.backend.shard or VocabShard(0, logits.shape[-1], self.vocab_size)
 
@@ -171,6 +191,23 @@ class LocalTeacher:
         for rows in wanted.split(self.max_tokens):
             if rows.numel():
                 yield rows, self.backend.project(hidden[rows.to(hidden.device)])
+
+
+@dataclass(frozen=True)
+class _LocalHead:
+    teacher: LocalTeacher
+
+    def score(self, hidden: Tensor, indices: Tensor, *, temperature: float = 1.0) -> TokenScores:
+        """Log-probs at `indices`, at most max_tokens rows of logits at a time."""
+        backend, parts = self.teacher.backend, []
+        with torch.no_grad(), scoring_mode(backend):
+            for start in range(0, max(hidden.shape[0], 1), self.teacher.max_tokens):
+                rows = slice(start, start + self.teacher.max_tokens)
+                logits = backend.project(hidden[rows])
+                shard = self.teacher._shard(logits)
+                parts.append(gather_log_probs(logits, indices[rows], temperature=temperature, shard=shard))
+        columns = {name: [_fields(part)[name] for part in parts] for name in _fields(parts[0])}
+        return TokenScores(**{name: torch.cat(values) for name, values in columns.items()})
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_engine.functional.token_scores import TokenScores
-from opd_engine.teachers.protocols import ChoosingTeacher, ScoringBatch, Teacher
+from opd_engine.teachers.protocols import ChoosingTeacher, ScoringBatch, Teacher, TeacherHead
 from opd_engine.teachers.spec import TeacherSpec
 from opd_engine.teachers.union import shared_fraction, union_support
 from opd_engine.teachers.vocabularies import askable, check_token_maps, rebucket
@@ -256,6 +256,26 @@ class TeacherPool:
                 log_probs=torch.nn.functional.pad(scores.log_probs, pad, value=-torch.inf),
             )
         return rebucket(scores, vocab_size=vocab_size)
+
+    def hidden(self, name: str, batch: ScoringBatch) -> Tensor:
+        """A teacher's hidden states of the batch's rows that count, in order, under the prompt it sees."""
+        view = batch.teacher_view()[0] if self.spec(name).teacher_tokens else batch  # the same rows count, in order
+        return self[name].hidden(view)
+
+    def score_hidden(
+        self,
+        name: str,
+        head: TeacherHead,
+        hidden: Tensor,
+        indices: Tensor,
+        *,
+        vocab_size: int,
+        temperature: float = 1.0,
+    ) -> TokenScores:
+        """`score` from rows of `hidden` [n, width] at the student's ids [n, k]. Communicates: as the head's score."""
+        asked = askable(indices, self[name].vocab_size)
+        scores = head.score(hidden, asked, temperature=self.temperature(name, temperature))
+        return rebucket(scores, vocab_size=vocab_size, asked=indices)
 
     def score_union(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from opd_engine.functional.token_scores import TokenScores
@@ -117,4 +118,28 @@ class ChoosingTeacher(Teacher, Protocol):
         temperature: float = 1.0,
     ) -> TokenScores:
         """Log-probs at the ids that `choose` makes of the own top-k; `choose` may be called several times."""
+        ...
+
+
+class TeacherHead(Protocol):
+    """A teacher's LM head on a device; it holds that memory for as long as it lives."""
+
+    def score(self, hidden: Tensor, indices: Tensor, *, temperature: float = 1.0) -> TokenScores:
+        """Log-probs at `indices` [rows, k] of rows of the teacher's hidden states, on the device; no gradient."""
+        ...
+
+
+@runtime_checkable
+class HiddenTeacher(Teacher, Protocol):
+    """A teacher whose hidden states can be kept and scored later, at ids that nobody knew when it ran."""
+
+    def hidden(self, batch: ScoringBatch) -> Tensor:
+        """Hidden states before the LM head of the rows that count, in order: [rows, width], in the model's dtype.
+
+        A rank may hold a part of each row, or nothing: what its own `head_on` understands.
+        """
+        ...
+
+    def head_on(self, device: torch.device | None) -> TeacherHead:
+        """The LM head as it was when `hidden` was asked last; None: on the device where that ran."""
         ...

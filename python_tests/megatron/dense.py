@@ -116,7 +116,7 @@ def _rotate(x: Tensor) -> Tensor:
 class Loss:
     """What the reference computes of a batch.
 
-    support: whose top-k: "student", "teacher" (every teacher of the sample) or "union" (all of them)
+    support: whose top-k: "student", "teacher" (every teacher of the sample), "union" (all of them) or "rollout"
     mixture: "route" or "arithmetic"
     state_cap: cut of the visited-state weight, or None
     policy: coefficient of the clipped policy gradient
@@ -144,6 +144,15 @@ class Sample:
     advantage: float
 
 
+def engine_topk(sample: Sample, width: int = 5) -> Tensor:
+    """What the rollout engine says is likeliest, [length, width]: any ids, in some rows fewer, then -1."""
+    generator = torch.Generator().manual_seed(1000 + sample.number)
+    length = sample.tokens.numel()
+    ids = torch.rand(length, 61, generator=generator).argsort(1)[:, :width]
+    counts = torch.randint(1, width + 1, (length, 1), generator=generator)
+    return ids.where(torch.arange(width) < counts, -1)
+
+
 def frozen_parts(
     sample: Sample, student: Tensor, teachers: dict[str, Tensor], loss: Loss
 ) -> tuple[Tensor, list[Tensor]]:
@@ -152,6 +161,9 @@ def frozen_parts(
     if loss.support in ("teacher", "union"):
         lists += [teachers[name] for name in sample.teachers]
     inside = torch.zeros_like(student, dtype=torch.bool)
+    if loss.support == "rollout":
+        ids = engine_topk(sample)
+        inside.scatter_(1, ids.where(ids >= 0, ids[:, :1]), True)  # the first is always there
     for logits in lists:
         inside.scatter_(1, logits.topk(loss.k, dim=1).indices, True)
     return inside, [(teachers[name] / loss.temperature).log_softmax(1) for name in sample.teachers]

@@ -62,7 +62,7 @@ class Job:
         workspace_bytes: int | None = None,
         model_options: dict | None = None,
         overlapped: bool = False,
-        measure_overlap: bool = False,
+        options: dict | None = None,
         **layout,
     ):
         """A MegatronActor (or a `kind` of it) on a fresh model with the reference's weights."""
@@ -75,7 +75,7 @@ class Job:
         model = self.build(shape, dense.make_weights(shape, 7), context, **model_options)
         spread = self.layout.distributed_optimizer
         ddp = models.data_parallel(model, use_distributed_optimizer=spread, overlap_grad_reduce=overlapped)
-        options = OptimizerConfig(
+        adam = OptimizerConfig(
             optimizer="adam",
             lr=LR,
             adam_beta1=ADAM["betas"][0],
@@ -94,12 +94,12 @@ class Job:
             temperature=loss.temperature,
             state_weight_cap=loss.state_cap,
             policy_coefficient=loss.policy,
-            measure_overlap=measure_overlap,
             optimizer_steps_per_rollout=steps,
+            **(options or {}),
         )
         return (kind or MegatronActor)(
             ddp,
-            get_megatron_optimizer(options, [ddp]),
+            get_megatron_optimizer(adam, [ddp]),
             config,
             vocab_size=61,
             layout=dataclasses.replace(self.batch_layout, **layout),
@@ -270,7 +270,7 @@ def supports(job: Job) -> dict[str, float]:
     """
     again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     found = {}
-    actor = job.actor(ROUTED, measure_overlap=True)
+    actor = job.actor(ROUTED, options={"measure_overlap": True})
     found["student, overlap measured"] = job.errors(actor, job.samples, job.reference(ROUTED).gradients())[1]
     assert 0 < job.metrics["topk_overlap/math"] < 1
     for support in ("teacher", "union"):
@@ -280,15 +280,92 @@ def supports(job: Job) -> dict[str, float]:
     return found
 
 
-def chunked_head(job: Job) -> dict[str, float]:
-    """The LM head a few rows at a time, its logits computed again in the backward; tied, then not."""
-    few = 3 * 4 * job.layout.padded_vocab_size // job.layout.tp
+def engine_topk(job: Job) -> dict[str, float]:
+    """The rollout engine's own ids, fewer in some rows; the student makes no pass before it trains."""
+    loss = Loss("forward_kl", "rollout", k=8)
     found = {}
-    for name, loss, tied in (("tied", ROUTED, True), ("untied", MIXED, False)):
-        actor = job.actor(loss, tied=tied, workspace_bytes=few)
+    for steps in (1, 2):
+        actor = job.actor(loss, steps=steps)
+        passes = counted_passes(actor)
+        found[f"{steps} steps"] = job.errors(actor, job.samples, job.reference(loss).gradients())[1]
+        assert not passes, passes
+        assert 1 < job.metrics["support_size"] < 5
+    return found
+
+
+def counted_passes(actor) -> list[int]:
+    """Grows by one with every pass of the student without gradient."""
+    actor.student._head_is_checked = True
+    walk, passes = actor.walk.forward, []
+
+    def counted(*args, **options):
+        passes.append(1)
+        return walk(*args, **options)
+
+    actor.walk.forward = counted
+    return passes
+
+
+ROWS_ALONE = Loss("forward_kl", "student", "arithmetic", "sample_mean", k=6, temperature=0.8)
+
+
+def kept_hidden(job: Job) -> dict[str, float]:
+    """Teachers kept as hidden states, the student's top-k chosen in training: against the reference and two passes."""
+    found = {}
+    policy = dataclasses.replace(ROWS_ALONE, state_cap=1.5, policy=0.7)
+    few = 3 * 4 * job.layout.padded_vocab_size // job.layout.tp
+    for name, loss, tied, workspace in (
+        ("routed", ROUTED, True, None),
+        ("two teachers, policy gradient", policy, False, None),
+        ("two teachers, three products", ROWS_ALONE, False, few),
+    ):
+        shape = dataclasses.replace(job.shape, tied=tied)
+        samples = rolled_out(with_teachers(job.samples, loss), shape, loss)
+        truth = job.reference(loss, tied=tied, samples=samples).gradients()
+        two = job.actor(loss, tied=tied, workspace_bytes=workspace)
+        job.errors(two, samples, truth)
+        metrics = job.metrics
+        whole, _ = models.assemble(models.gradients(two.walk.model), job.groups)
+        one = job.actor(loss, tied=tied, workspace_bytes=workspace, options={"keep_teacher_hidden": True})
+        passes = counted_passes(one)
+        for teacher in job.teachers.names:
+            job.teachers[teacher].next_token_logits(job.share(samples))  # its head is looked at once, outside
+        found[name] = job.errors(one, samples, truth)[1]
+        assert not passes, passes
+        own = models.gradients(one.walk.model)
+        found[f"{name}, two passes"] = job.distance(own, {n: g.double() for n, g in whole.items()})
+        found[f"{name}, metrics"] = _different(job.metrics, metrics)
+    batch = job.share(job.samples)
+    actor = job.actor(ROUTED, options={"keep_teacher_hidden": True})
+    scored = actor.score_rollouts(batch, job.teachers)
+    kept = int(batch.loss_mask.sum()) * job.teacher_shape.hidden // job.layout.tp * 4
+    assert scored.nbytes == (kept if job.groups.is_last_stage else 0), (scored.nbytes, kept)
+    actor.train_step(batch, scored)
+    assert scored.nbytes == 0
+    return found
+
+
+def chunked_head(job: Job) -> dict[str, float]:
+    """The LM head a few rows at a time: three products where rows stand alone, four elsewhere; tied, then not."""
+    from opd_engine.integrations.megatron.head import HiddenRows
+
+    few = 3 * 4 * job.layout.padded_vocab_size // job.layout.tp
+    found, used, plain = {}, [], HiddenRows.distill
+    HiddenRows.distill = lambda *args, **options: used.append(1) or plain(*args, **options)
+    for name, loss, tied in (("tied", ROUTED, True), ("untied", ROWS_ALONE, False), ("four products", MIXED, False)):
         samples = job.samples if tied else mixed_samples(job)
         truth = job.reference(loss, tied=tied, samples=samples).gradients()
-        found[name] = job.errors(actor, samples, truth)[1]
+        job.errors(job.actor(loss, tied=tied), samples, truth)
+        metrics = job.metrics
+        used.clear()
+        found[name] = job.errors(job.actor(loss, tied=tied, workspace_bytes=few), samples, truth)[1]
+        found[f"{name}, metrics"] = _different(job.metrics, metrics)
+        assert bool(used) == (job.groups.is_last_stage and loss is not MIXED), (name, used)
+    overlapped = job.actor(ROUTED, workspace_bytes=few, overlapped=True)
+    found["reduced during the backward"] = job.errors(overlapped, job.samples, job.reference(ROUTED).gradients())[1]
+    averaged = job.actor(ROUTED, workspace_bytes=few, model_options={"calculate_per_token_loss": False})
+    found["averaged"] = job.errors(averaged, job.samples, job.reference(ROUTED).gradients())[1]
+    HiddenRows.distill = plain
     return found
 
 

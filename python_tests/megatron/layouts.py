@@ -4,7 +4,19 @@ from dataclasses import dataclass
 
 BOUND = 1e-5
 
-CHECKS = ("scores", "routed", "averaged", "mixed", "splits", "supports", "chunked_head", "no_loss_token", "steps")
+CHECKS = (
+    "scores",
+    "routed",
+    "averaged",
+    "mixed",
+    "splits",
+    "supports",
+    "engine_topk",
+    "kept_hidden",
+    "chunked_head",
+    "no_loss_token",
+    "steps",
+)
 """Functions of megatron.gradient_ranks; `controls` is the other one."""
 
 

@@ -284,7 +284,7 @@ def metrics_of_any_split(job: Job, folder: Path) -> dict[str, float]:
     scored = score_rollouts(whole, student, pool, config)
     with torch.no_grad():
         _, truth = distillation_loss(student.logits(whole), whole, scored, config, None, Denominators.of(whole, config))
-    actor = job.actor(ROUTED, measure_overlap=True)
+    actor = job.actor(ROUTED, options={"measure_overlap": True})
     actor.config.tasks = config.tasks
     own = job.share(samples)
     own.task_names = [whole.task_names[number] for number in own.sample_ids.tolist()]

@@ -19,19 +19,13 @@ from opd_engine.distillation.config import OPDConfig
 from opd_engine.distillation.metrics import MetricSums, add_metrics
 from opd_engine.distillation.reductions import Denominators
 from opd_engine.distillation.rollout import RolloutBatch
-from opd_engine.distillation.step import (
-    ScoredRollouts,
-    distillation_loss_of_scores,
-    score_rollouts,
-    target_of_loss,
-)
+from opd_engine.distillation.step import ScoredRollouts, score_rollouts
 from opd_engine.integrations.megatron.batches import BatchLayout, MicroInput
-from opd_engine.integrations.megatron.context_parallel import own_rows, whole_scores
 from opd_engine.integrations.megatron.groups import MegatronGroups
 from opd_engine.integrations.megatron.limits import check_trainable
+from opd_engine.integrations.megatron.micro_loss import micro_loss
 from opd_engine.integrations.megatron.scorer import MegatronScorer
 from opd_engine.parallel.collectives import all_gather_stacked, all_reduce_sum_, broadcast_
-from opd_engine.parallel.sequences import take_rows
 from opd_engine.teachers.pool import TeacherPool
 
 if TYPE_CHECKING:
@@ -129,8 +123,7 @@ class MegatronActor:
         """
         metrics = self.accumulate(batch, scored)
         update_successful, grad_norm = self.apply()
-        if batch.num_seqs:
-            scored.release(batch)
+        scored.release(batch)
         return StepReport(metrics, update_successful, grad_norm)
 
     def accumulate(self, batch: RolloutBatch, scored: ScoredRollouts) -> MetricSums:
@@ -178,19 +171,8 @@ class MegatronActor:
     def _loss(
         self, micro: MicroInput, hidden: Tensor, scored: ScoredRollouts, denominators: Denominators
     ) -> tuple[Tensor, MetricSums]:
-        batch, config, groups = micro.batch, self.config, self.groups
-        device = hidden.device
-        rows = own_rows(micro, groups, device)
-        indices = scored.support(batch, device)
-        target = target_of_loss(batch, config, denominators, device)
-        own = self.walk.head.rows(hidden, micro.output_rows).gather(
-            take_rows(indices, rows, fill=-1),
-            target=None if target is None else take_rows(target, rows, fill=-1),
-            temperature=config.temperature,
-            inplace_backward=config.inplace_backward,
-        )
-        whole = whole_scores(own, micro, groups, indices)
-        return distillation_loss_of_scores(whole, batch, scored, config, denominators)
+        at_head = self.walk.head.rows(hidden, micro.output_rows)
+        return micro_loss(micro, at_head, self.groups, scored, self.config, denominators)
 
     def _no_loss(self, micro: MicroInput, hidden: Tensor) -> Tensor:
         """Zero, with zero gradients for everything."""

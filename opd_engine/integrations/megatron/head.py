@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from opd_engine.functional.linear_losses import LinearLoss, linear_distill_loss
 from opd_engine.functional.linear_scores import linear_gather_log_probs, linear_topk_log_probs
 from opd_engine.functional.scores import gather_log_probs, topk_log_probs
 from opd_engine.functional.token_scores import TokenScores
-from opd_engine.parallel.collectives import all_gather_replicated
+from opd_engine.parallel.collectives import all_gather_replicated, all_gather_stacked
 from opd_engine.parallel.vocab import VocabShard
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class LogitRows:
     logits: Tensor
     shard: VocabShard
 
+    @property
+    def device(self) -> torch.device:
+        return self.logits.device
+
     def topk(self, k: int, **options) -> TokenScores:
         return topk_log_probs(self.logits, k, shard=self.shard, **options)
 
@@ -48,7 +53,7 @@ class LogitRows:
 
 @dataclass(frozen=True)
 class HiddenRows:
-    """Wanted rows as hidden states [n, hidden_size], whose logits exist a chunk at a time, in the backward again."""
+    """Wanted rows as hidden states [n, hidden_size], whose logits exist a chunk at a time."""
 
     hidden: Tensor
     weight: Tensor
@@ -56,15 +61,60 @@ class HiddenRows:
     shard: VocabShard
     workspace_bytes: int
 
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
     def topk(self, k: int, **options) -> TokenScores:
         return linear_topk_log_probs(self.hidden, self.weight, k, **self._options(), **options)
 
     def gather(self, indices: Tensor, *, inplace_backward: bool = False, **options) -> TokenScores:
-        """inplace_backward: has no meaning here, the gradient of the logits always overwrites them."""
+        """Four products: the backward computes the logits again.
+
+        inplace_backward: has no meaning here, the gradient of the logits always overwrites them.
+        """
         return linear_gather_log_probs(self.hidden, self.weight, indices, **self._options(), **options)
+
+    def distill(self, teacher: TokenScores, **options) -> LinearLoss:
+        """Three products: the gradients are computed with the loss, and scaled in the backward."""
+        return linear_distill_loss(self.hidden, self.weight, teacher, **self._options(), **options)
 
     def _options(self) -> dict:
         return {"bias": self.bias, "shard": self.shard, "workspace_bytes": self.workspace_bytes}
+
+
+@dataclass(frozen=True)
+class KeptHead:
+    """An LM head apart from its model, for hidden states that were kept.
+
+    weight: [vocab_shard_size, hidden_size]; bias: [vocab_shard_size] or None; device: where its model ran
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    shard: VocabShard
+    workspace_bytes: int | None
+    device: torch.device
+
+    def to(self, device: torch.device | None) -> KeptHead:
+        """On another device; None is `device`."""
+        device = self.device if device is None else device
+        bias = None if self.bias is None else self.bias.to(device, non_blocking=True)
+        return replace(self, weight=self.weight.to(device, non_blocking=True), bias=bias)
+
+    @torch.no_grad()
+    def score(self, hidden: Tensor, indices: Tensor, *, temperature: float = 1.0) -> TokenScores:
+        """Log-probs at `indices` [n, k]; hidden: [n, this rank's columns of hidden_size, or all].
+
+        Communicates: one all-gather of the hidden states' columns, then as linear_gather_log_probs.
+        """
+        hidden = hidden.to(self.weight.device)
+        if hidden.shape[1] < self.weight.shape[1]:
+            hidden = torch.cat(list(all_gather_stacked(hidden.contiguous(), self.shard.tp_group)), 1)
+        options = {"bias": self.bias, "shard": self.shard, "workspace_bytes": self.workspace_bytes}
+        return linear_gather_log_probs(
+            hidden, self.weight, indices.to(hidden.device), temperature=temperature, **options
+        )
 
 
 class OutputHead:
@@ -88,7 +138,7 @@ class OutputHead:
         self.groups = groups
         self.output_layer = language_model.output_layer if output_layer is None else output_layer
         self.workspace_bytes = workspace_bytes
-        width = self._weight().shape[0]
+        width = self.weight.shape[0]
         padded = width * groups.tp_size
         if not 1 <= vocab_size <= padded:
             raise ValueError(
@@ -103,12 +153,25 @@ class OutputHead:
             return self.language_model.shared_embedding_or_output_weight()
         return None
 
-    def _weight(self) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """[vocab_shard_size, hidden_size]: the layer's own, or the embedding's."""
         tied = self._tied_weight()
         return self.output_layer.weight if tied is None else tied
 
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.output_layer, "bias", None)
+
     def rows(self, hidden: Tensor, rows: Tensor) -> LogitRows | HiddenRows:
-        """The wanted rows, ready to be scored.
+        """The wanted rows, ready to be scored; otherwise as `chosen`."""
+        chosen = self.chosen(hidden, rows)
+        if self.workspace_bytes is not None:
+            return HiddenRows(chosen, self.weight, self.bias, self.shard, self.workspace_bytes)
+        return LogitRows(self._project(chosen), self.shard)
+
+    def chosen(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Hidden states of the wanted rows: [n, hidden_size], whole on every tensor-parallel rank.
 
         hidden: [local length, sequences, hidden_size], split over the tensor-parallel ranks on dim 0 under sequence
             parallel; rows: [n] int64 of the whole, flattened
@@ -121,16 +184,15 @@ class OutputHead:
             # Rows are chosen from the whole sequence, so the gather stands before the layer instead of inside it. The
             # chosen rows' gradient is then summed over the ranks, and each takes its part of that.
             hidden = all_gather_replicated(hidden, self.groups.tp).flatten(0, 1)
-        chosen = hidden.flatten(0, 1).index_select(0, rows)
-        if self.workspace_bytes is not None:
-            bias = getattr(self.output_layer, "bias", None)
-            return HiddenRows(chosen, self._weight(), bias, self.shard, self.workspace_bytes)
-        return LogitRows(self._project(chosen), self.shard)
+        return hidden.flatten(0, 1).index_select(0, rows)
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Logits [n, vocab_shard_size] of the wanted rows; otherwise as `rows`."""
-        at_head = self.rows(hidden, rows)
-        return at_head.logits if isinstance(at_head, LogitRows) else self._project(at_head.hidden)
+        """Logits [n, vocab_shard_size] of the wanted rows, by the layer itself; otherwise as `chosen`."""
+        return self._project(self.chosen(hidden, rows))
+
+    def products(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """The same by the layer's weight and bias alone: all that a loss without logits knows of it."""
+        return torch.nn.functional.linear(self.chosen(hidden, rows), self.weight, self.bias)
 
     @property
     def _splits_sequence(self) -> bool:

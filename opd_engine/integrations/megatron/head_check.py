@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 
 def check_head_is_last(walk: StageWalk) -> None:
-    """Two passes of one short sequence: through the model's own end, and through the head.
+    """Passes of one short sequence: through the model's own end, through the head, and through its weight alone.
 
-    Raises: ValueError on every rank where the two differ by more than rounding.
-    Communicates: two passes; one number over the tensor, context and pipeline ranks.
+    Raises: ValueError on every rank where the first two differ by more than rounding, or, where logits are computed
+        in chunks from the weight alone, the third.
+    Communicates: three passes; two numbers over the tensor, context and pipeline ranks.
+    Mutates: walk.head_is_product, whether the third agrees.
     """
     vocab_size = walk.vocab_size
     batch = pack_rollouts([[0, 1 % vocab_size]], [[2 % vocab_size, 3 % vocab_size]])
@@ -35,19 +37,30 @@ def check_head_is_last(walk: StageWalk) -> None:
     def of_head(micro: MicroInput, hidden: Tensor) -> Tensor:
         return walk.head.logits(hidden, micro.output_rows)
 
+    def of_weight(micro: MicroInput, hidden: Tensor) -> Tensor:
+        return walk.head.products(hidden, micro.output_rows)
+
     whole = walk.forward(inputs, of_model, to_hidden=False)
-    ours = walk.forward(inputs, of_head)
-    distance = torch.zeros(1, device=walk.device)
+    ways = [walk.forward(inputs, way) for way in (of_head, of_weight)]
+    distance = torch.zeros(2, device=walk.device)
     if walk.head is not None:
-        distance += _distance(whole[0], ours[0], walk.head.shard.vocab_start_index)
+        for position, way in enumerate(ways):
+            distance[position] = _distance(whole[0], way[0], walk.head.shard.vocab_start_index)
     groups = walk.groups
     for group in (groups.tp, groups.cp):
         all_reduce_max_(distance, group if group.size() > 1 else None)
     broadcast_(distance, groups.pp if groups.pp_size > 1 else None, source=groups.pp_size - 1)
-    if not float(distance) <= 1:
+    head, product = distance.tolist()
+    walk.head_is_product = product <= 1
+    if not head <= 1:
         raise ValueError(
             f"model: {type(walk.language_model).__name__}'s logits are not its output_layer of its last hidden states; "
             "give an output_layer that does all that comes after the final norm"
+        )
+    if walk.computes_in_chunks and not walk.head_is_product:
+        raise ValueError(
+            "workspace_bytes: the output layer is more than a product with its weight (and bias), which is what would "
+            "be computed in chunks; wanted workspace_bytes=None for this model"
         )
 
 

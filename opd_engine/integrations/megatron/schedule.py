@@ -47,6 +47,8 @@ class StageWalk:
         self.groups, self.layout = groups, layout
         self.vocab_size = vocab_size
         self.head: OutputHead | None = None
+        self.computes_in_chunks = workspace_bytes is not None
+        self.head_is_product = False  # until check_head_is_last has seen that it is
         if groups.is_last_stage:
             self.head = OutputHead(self.language_model, groups, vocab_size, output_layer, workspace_bytes)
         self._plain_output = {"fp32_output": False} if _up_casts(self.model) else {}

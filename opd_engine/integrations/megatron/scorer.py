@@ -18,7 +18,7 @@ from opd_engine.functional.token_scores import TokenScores
 from opd_engine.integrations.megatron.batches import BatchLayout, MicroInput
 from opd_engine.integrations.megatron.context_parallel import own_rows, wanted_rows, whole_scores
 from opd_engine.integrations.megatron.groups import MegatronGroups
-from opd_engine.integrations.megatron.head import HiddenRows, LogitRows
+from opd_engine.integrations.megatron.head import HiddenRows, KeptHead, LogitRows
 from opd_engine.integrations.megatron.head_check import check_head_is_last
 from opd_engine.integrations.megatron.schedule import StageWalk
 from opd_engine.parallel.collectives import all_gather_stacked, broadcast_
@@ -32,7 +32,7 @@ _ScoreMicro = Callable[[MicroInput, LogitRows | HiddenRows, slice], TokenScores]
 
 
 class MegatronScorer:
-    """Implements Teacher and ChoosingTeacher for a Megatron model.
+    """Implements Teacher, ChoosingTeacher and HiddenTeacher for a Megatron model.
 
     model: bare, or inside Float16Module and DistributedDataParallel; a list of one is fine. A teacher needs neither DDP
         nor an optimizer
@@ -73,6 +73,7 @@ class MegatronScorer:
         self._scoring = contextlib.nullcontext if scoring is None else scoring
         self._token_map = token_map
         self._head_is_checked = False
+        self._head_of_hidden: KeptHead | None = None
 
     @property
     def module(self) -> torch.nn.Module:
@@ -149,6 +150,46 @@ class MegatronScorer:
             return self._gathered(micro, at_head, ids, target, place, temperature)
 
         return self._scored(batch, k, score_micro, None, target is not None)
+
+    def hidden(self, batch: RolloutBatch) -> Tensor:
+        """This rank's columns of the hidden states of the rows that count: [rows, hidden_size / tp_size], on the host.
+
+        Nothing off the last stage. The LM head as it is now is kept for `head_on`: a copy on the host, where the
+        scoring context takes the weights away again.
+
+        Raises: ValueError for a model whose output layer is more than a product with its weight.
+        Communicates: the forward's own, and an all-gather of the hidden states over the context-parallel group.
+        """
+        groups = self.groups
+
+        def on_last_stage(micro: MicroInput, hidden: Tensor) -> Tensor:
+            whole = wanted_rows(self.walk.head.chosen(hidden, micro.output_rows), micro, groups)
+            own = whole.chunk(groups.tp_size, 1)[groups.tp_rank] if _divides(whole, groups) else whole
+            return own.to("cpu")
+
+        with self._scoring_pass():
+            if not self.walk.head_is_product:
+                raise ValueError("hidden: wanted an output layer that is a product with its weight (and bias)")
+            parts = self.walk.forward(self.walk.micro_inputs(batch), on_last_stage)
+            if self.holds_scores:
+                self._head_of_hidden = self._kept_head()
+        return torch.cat(parts) if parts else torch.empty(int(batch.loss_mask.sum()), 0)
+
+    def _kept_head(self) -> KeptHead:
+        head, copied = self.walk.head, self._scoring is not contextlib.nullcontext
+
+        def kept(value: Tensor | None) -> Tensor | None:
+            if value is None or not copied:
+                return None if value is None else value.detach()
+            host = value.detach().to("cpu", copy=True)
+            return host.pin_memory() if value.is_cuda else host
+
+        options = {"shard": head.shard, "workspace_bytes": head.workspace_bytes, "device": head.weight.device}
+        return KeptHead(kept(head.weight), kept(head.bias), **options)
+
+    def head_on(self, device: torch.device | None) -> KeptHead:
+        """The LM head as it was when `hidden` was asked last; None: on the device where that ran."""
+        return self._head_of_hidden.to(device)
 
     def next_token_logits(self, batch: RolloutBatch) -> Tensor:
         """The full vocabulary's logits after each sequence: [num_seqs, vocab_size] float32, the same on every rank.
@@ -243,6 +284,10 @@ class MegatronScorer:
                 end += micro.batch.num_tokens
             parts = self.walk.forward(inputs, on_last_stage)
         return _joined(parts) if parts else placeholder(batch, width, indices, with_target)
+
+
+def _divides(values: Tensor, groups: MegatronGroups) -> bool:
+    return values.shape[1] % groups.tp_size == 0
 
 
 def placeholder(batch: RolloutBatch, width: int, indices: Tensor | None, with_target: bool) -> TokenScores:

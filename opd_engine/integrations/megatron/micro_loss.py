@@ -1,0 +1,146 @@
+"""One micro-batch's part of the loss, on the last stage: from logits, or from hidden states in three or four products.
+
+Three where the loss is a sum over rows that needs nothing of other rows (`is_sum_over_rows`): its gradients are then
+computed with it (linear_distill_loss). Otherwise the scores come first, and the backward computes the logits again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opd_engine.distillation.config import OPDConfig
+from opd_engine.distillation.members import load_members, one_teacher
+from opd_engine.distillation.metrics import MetricSums
+from opd_engine.distillation.reductions import Denominators
+from opd_engine.distillation.step import ScoredRollouts, distillation_loss_of_scores, target_of_loss
+from opd_engine.functional.losses import distill_loss
+from opd_engine.functional.token_scores import TokenScores
+from opd_engine.integrations.megatron.batches import MicroInput
+from opd_engine.integrations.megatron.context_parallel import own_rows, whole_scores
+from opd_engine.integrations.megatron.groups import MegatronGroups
+from opd_engine.integrations.megatron.head import HiddenRows, LogitRows
+from opd_engine.parallel.sequences import take_rows
+
+
+def is_sum_over_rows(config: OPDConfig) -> bool:
+    """Whether a row's loss is its weight times a divergence between the student and one teacher in that row."""
+    divergence_alone = config.loss_type == "distill" and config.policy_coefficient == 0
+    return divergence_alone and config.state_weight_cap is None and config.mixture != "loss_sum"
+
+
+def micro_loss(
+    micro: MicroInput,
+    at_head: LogitRows | HiddenRows,
+    groups: MegatronGroups,
+    scored: ScoredRollouts,
+    config: OPDConfig,
+    denominators: Denominators,
+) -> tuple[Tensor, MetricSums]:
+    """(the loss, differentiable, and the metrics of the whole micro-batch).
+
+    at_head: this rank's wanted rows
+
+    The loss may hold this context-parallel rank's rows alone; its gradient is that of the whole.
+    Communicates: as the scores; under context parallelism one all-gather of them. With kept hidden states as
+        ScoredRollouts.members_at, and one all-gather of each teacher's scores.
+    """
+    batch, device = micro.batch, at_head.device
+    rows, members = own_rows(micro, groups, device), None
+    if config.keep_teacher_hidden:
+        chosen = at_head.topk(config.k, temperature=config.temperature).indices
+        own = scored.members_at(batch, chosen.masked_fill(rows.unsqueeze(1) < 0, -1), rows, config)
+        first = whole_scores(own[0], micro, groups)
+        indices = first.indices
+        members = [first, *(whole_scores(member, micro, groups, indices) for member in own[1:])]
+    else:
+        indices = scored.support(batch, device)
+    if isinstance(at_head, HiddenRows) and is_sum_over_rows(config):
+        return _with_its_gradients(micro, at_head, groups, scored, config, denominators, indices, members)
+    target = target_of_loss(batch, config, denominators, device)
+    student = at_head.gather(
+        take_rows(indices, rows, fill=-1),
+        target=None if target is None else take_rows(target, rows, fill=-1),
+        temperature=config.temperature,
+        inplace_backward=config.inplace_backward,
+    )
+    whole = whole_scores(student, micro, groups, indices)
+    return distillation_loss_of_scores(whole, batch, scored, config, denominators, members)
+
+
+def _with_its_gradients(
+    micro: MicroInput,
+    at_head: HiddenRows,
+    groups: MegatronGroups,
+    scored: ScoredRollouts,
+    config: OPDConfig,
+    denominators: Denominators,
+    indices: Tensor,
+    members: list[TokenScores] | None,
+) -> tuple[Tensor, MetricSums]:
+    batch, device = micro.batch, at_head.device
+    rows = own_rows(micro, groups, device)
+    if members is None:
+        members, weights = load_members(batch, scored.cache, scored.teachers, scored.mixture, indices)
+    else:
+        weights = scored.teachers.route(batch, scored.mixture).to(device)
+    row_weights = denominators.of_rows(batch).to(device)
+    teacher = one_teacher(members, weights, config.mixture)
+    live = take_rows(row_weights > 0, rows, fill=False)
+    divergence = _RecordedDivergence(config, live)
+    loss = at_head.distill(
+        TokenScores(
+            indices=take_rows(indices, rows, fill=-1),
+            log_probs=take_rows(teacher.log_probs, rows, fill=-torch.inf),
+            tail_log_prob=take_rows(teacher.tail_log_prob, rows, fill=0.0),
+        ),
+        token_weights=config.coefficient * take_rows(row_weights, rows, fill=0.0),
+        divergence=divergence,
+        temperature=config.temperature,
+    ).loss
+    with torch.no_grad():
+        whole = whole_scores(divergence.student(), micro, groups, indices)
+        _, metrics = distillation_loss_of_scores(whole, batch, scored, config, denominators, members)
+    return loss.double(), metrics
+
+
+class _RecordedDivergence:
+    """The config's divergence, called a chunk of rows at a time, in order; it keeps the student's scores for metrics.
+
+    live: [n] bool; nothing flows back to other rows, whatever they hold
+    """
+
+    def __init__(self, config: OPDConfig, live: Tensor) -> None:
+        self._config, self._live = config, live
+        self._scores: list[TokenScores] = []
+        self._rows = 0
+
+    def __call__(self, student: TokenScores, teacher: TokenScores) -> Tensor:
+        if self._rows == self._live.numel():  # a second backward computes everything again
+            self._scores, self._rows = [], 0
+        live = self._live[self._rows : self._rows + student.tail_log_prob.numel()]
+        self._rows += live.numel()
+        self._scores.append(student.detach())
+        config = self._config
+        return distill_loss(
+            TokenScores(
+                indices=student.indices,
+                log_probs=torch.where(live.unsqueeze(1), student.log_probs, -torch.inf),
+                tail_log_prob=torch.where(live, student.tail_log_prob, 0.0),
+            ),
+            TokenScores(
+                indices=teacher.indices,
+                log_probs=torch.where(live.unsqueeze(1), teacher.log_probs, -torch.inf),
+                tail_log_prob=torch.where(live, teacher.tail_log_prob, 0.0),
+            ),
+            divergence=config.divergence,
+            beta=config.beta,
+            alpha=config.alpha,
+            tail=config.tail,
+            teacher_log_prob_min=config.teacher_log_prob_min,
+        )
+
+    def student(self) -> TokenScores:
+        """The student's scores of all rows, without gradient."""
+        names = ("indices", "log_probs", "tail_log_prob", "lse", "entropy")
+        return TokenScores(**{name: torch.cat([getattr(part, name) for part in self._scores]) for name in names})
