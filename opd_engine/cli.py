@@ -99,12 +99,19 @@ def _run_env(arguments: Sequence[str]) -> int:
     return env_main(list(arguments))
 
 
+def _run_report(arguments: Sequence[str]) -> int:
+    from opd_engine.report import main as report_main
+
+    return report_main(list(arguments))
+
+
 # Subcommands with a parser of their own: name -> (what runs it, help).
 _OWN_PARSERS = {
     "bench": (_run_bench, "measure the ops beside torch and other libraries"),
     "check": (_run_check, "compare every op with a float64 reference on this machine"),
     "convert": (_run_convert, "convert models between Hugging Face and Megatron"),
     "env": (_run_env, "print versions, build flags and devices"),
+    "report": (_run_report, "draw one or several runs on one HTML page"),
 }
 
 

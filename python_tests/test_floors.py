@@ -26,6 +26,7 @@ FLOORS = {
     "train": 7,
     "bench": 7,
     "check": 7,
+    "convert": 7,
     "env": 7,
     "cli": 7,
     "__main__": 8,

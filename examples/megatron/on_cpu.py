@@ -36,6 +36,8 @@ def install() -> bool:
     import megatron.core.models.gpt.gpt_model
     import megatron.core.optimizer  # noqa: F401
 
+    # `with torch.device("meta")`, which transformers loads under, knows the factories by identity from its first use on.
+    torch.utils._device._device_constructors()
     cpu, cuda, generator = torch.device("cpu"), torch.cuda, torch.default_generator
     cuda.current_device = lambda: cpu
     cuda.synchronize = cuda.set_device = lambda *args, **kwargs: None

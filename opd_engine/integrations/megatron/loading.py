@@ -60,6 +60,22 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
 
 
+def read_index(directory: str | Path, *, argument: str) -> Any:
+    """The index of a distributed checkpoint: which tensors, and which bytes of which file hold them.
+
+    Raises: ValueError where it does not read, or names a class that no index has.
+    """
+    path = Path(directory) / METADATA
+    try:
+        with open(path, "rb") as file:
+            index = _MetadataUnpickler(file).load()
+        if not all(isinstance(info.offset + info.length, int) for info in index.storage_data.values()):
+            raise ValueError("wanted places in files")
+    except Exception as error:
+        raise ValueError(f"{argument}: {path} does not read ({error})") from error
+    return index
+
+
 def check_distributed_checkpoint(
     directory: str | Path, *, argument: str, token_map: Mapping[str, int] | None = None
 ) -> None:
@@ -75,14 +91,10 @@ def check_distributed_checkpoint(
     for name in ("metadata.json", METADATA, "common.pt"):
         if not (directory / name).is_file():
             raise ValueError(f"{argument}: wanted {name} in {directory}, got none: no whole distributed checkpoint")
-    try:
-        with open(directory / METADATA, "rb") as file:
-            stored = _MetadataUnpickler(file).load().storage_data
-        ends: dict[str, int] = {}
-        for info in stored.values():
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-    except Exception as error:
-        raise ValueError(f"{argument}: {directory / METADATA} does not read ({error})") from error
+    index = read_index(directory, argument=argument)
+    ends: dict[str, int] = {}
+    for info in index.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     missing = sorted(name for name in ends if not (directory / name).is_file())
     if missing:
         raise ValueError(
