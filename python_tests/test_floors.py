@@ -28,6 +28,8 @@ FLOORS = {
     "check": 7,
     "convert": 7,
     "env": 7,
+    "report": 7,
+    "scaling": 7,
     "cli": 7,
     "__main__": 8,
 }

@@ -4,12 +4,16 @@ Every run shares its problems, budget and student; a control differs by what its
 """
 
 import json
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 import torch
 
 from opd_engine.integrations.hf.models import load_model, load_tokenizer
+from opd_engine.report.figures import make_figures
+from opd_engine.report.page import render
+from opd_engine.report.runs import read_runs
 from opd_engine.train import loop
 from opd_engine.train.arithmetic import TASKS, split_problems
 from opd_engine.train.config import TrainConfig, config_from_toml
@@ -96,6 +100,15 @@ def test_events_plots_metrics_and_checkpoints_are_there(summary, folder):
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 111))
     assert {"loss", "student_tail_mass", "teacher_tail_mass", "support_size", "grad_norm", "lr"} <= set(records[1])
     assert load_model(run / "checkpoints" / "step_00000110").config.vocab_size == 32
+
+
+def test_the_report_of_the_run_shows_every_chart(summary, folder):
+    figures, absent = make_figures(read_runs([folder / "real"]))
+    assert absent == ["Perplexity of held-out text"] and len(figures) == 19
+    root = ElementTree.fromstring(render(read_runs([folder / "real"])))
+    assert len(root.findall(".//{*}figure")) == 19 and len(root.findall(".//{*}svg")) == 18
+    coloured = [span.get("class") for p in root.findall(".//{*}p[@class='tokens']") for span in p if span.get("title")]
+    assert len(coloured) >= 18 and len(set(coloured)) >= 3, "tokens of several divergences"
 
 
 def greedy_without_cache(model, token_ids: list[int], length: int, end: int) -> list[int]:
