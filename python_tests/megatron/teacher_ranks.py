@@ -230,9 +230,9 @@ class Planted:
 def qwen3_folder(job: Job, folder: Path) -> dict[str, float]:
     """A transformers model's logits after each sample, from its folder, read part by part by every rank."""
     from opd_engine.integrations.megatron import BatchLayout, MegatronScorer
-    from opd_engine.integrations.megatron.loading import load_module
     from opd_engine.integrations.megatron.gpt import build_gpt
     from opd_engine.integrations.megatron.gpt_shape import GPTShape
+    from opd_engine.integrations.megatron.loading import load_module
 
     if job.layout.cp > 1:
         return {}  # its attention needs TransformerEngine there
