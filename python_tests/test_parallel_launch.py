@@ -39,7 +39,9 @@ with join_world("cpu", timeout_s=float(sys.argv[2])) as world:
             sys.exit(3)
         if fault == "stops":
             os.kill(os.getpid(), signal.SIGSTOP)
-    if fault in ("raises", "stops"):
+    if fault == f"killed {world.rank}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault in ("raises", "stops") or fault.startswith("killed"):
         all_reduce_sum_(torch.ones(1), world.group)  # rank 1 never comes
     if fault == "exits":
         while True:  # busy, and not in a collective
@@ -108,6 +110,18 @@ def test_a_rank_that_exits_brings_down_one_that_is_busy():
     assert status not in (0, None)
     assert own_status == 3
     assert "rank 0 ends because rank 1 failed: SystemExit: 3" in output
+
+
+@pytest.mark.parametrize("killed", [1, 0])
+def test_a_rank_that_is_killed_is_named_by_the_others(killed):
+    """They see a connection break, which names no rank; rank 0 takes the store with it."""
+    ended = run_world(f"killed {killed}", 3, timeout_s=600.0)
+    assert ended[killed][0] == -9
+    for rank in {0, 1, 2} - {killed}:
+        status, output = ended[rank]
+        assert status not in (0, None, -9)
+        named = f"rank {killed} failed: it ended without a word; rank"
+        assert named in output or (killed == 0 and "rank 0, which hosts the store," in output), output
 
 
 def test_a_rank_that_falls_silent_is_found_within_the_timeout():

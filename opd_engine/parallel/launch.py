@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 _POLL_S = 0.2
 # How long a rank that was told of another's failure may unwind (close files, end threads) before it is ended.
 _GRACE_S = 5.0
+# A rank that has not beaten for this long, while another's connection to it broke, is gone.
+_SILENT_S = 2.0
+# How gloo and NCCL say that the other end is gone; neither says which rank that was.
+_LOST = ("by peer", "broken pipe", "remote process exited", "connection was closed")
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,14 @@ def join_world(device: str = "cpu", *, timeout_s: float = 600.0, group_when_alon
         watcher.leave_together()
         clean = True
     except BaseException as error:
-        first = watcher.post_failure(f"{type(error).__name__}: {error}")
+        text, gone = f"{type(error).__name__}: {error}", None
+        if any(words in str(error).lower() for words in _LOST):
+            gone = watcher.silent_rank()
+        if gone is not None:
+            text = f"it ended without a word; rank {rank} lost its connection: {text}"
+        first = watcher.post_failure(text, gone)
+        if first is None and gone is not None:
+            first = f"rank {gone} failed: {text}"
         if first is not None:
             raise RuntimeError(first) from error
         raise
@@ -177,13 +188,17 @@ def _open_stores(rank: int, timeout: timedelta) -> tuple[dist.Store, dist.Store]
     """One connection for the process group and one for the watcher: a blocking get would hold a shared one's lock."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # torchrun hosts the store in its own process and says so; else rank 0 hosts it.
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosted = _launcher_hosts_store()
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     first = dist.TCPStore(host, port, is_master=rank == 0 and not hosted, timeout=timeout, wait_for_workers=False)
     second = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
     return dist.PrefixStore(f"opd_engine/{restart}/group", first), dist.PrefixStore(
         f"opd_engine/{restart}/watch", second
     )
+
+
+def _launcher_hosts_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 class _Watcher(threading.Thread):
@@ -213,22 +228,41 @@ class _Watcher(threading.Thread):
                     text = f"no sign of life for {self._timeout_s:g} s"
                     failure = self._post(self._neighbour, text) or f"rank {self._neighbour} failed: {text}"
             except RuntimeError as error:  # the process that hosted the store has ended
-                failure = f"the store at {os.environ.get('MASTER_ADDR')} cannot be reached any more ({error})"
+                host = "the launcher" if _launcher_hosts_store() else "rank 0"
+                failure = f"{host}, which hosts the store, cannot be reached any more ({error})"
             if failure is not None and not self._left.is_set():
                 self._end(failure)
                 return
 
-    def post_failure(self, text: str) -> str | None:
-        """Tell the others, and wait until they have heard. Returns another rank's failure where that came first."""
+    def silent_rank(self) -> int | None:
+        """The rank that has stopped beating; None where all beat, or where one has said why it failed."""
+        self._unwinding.set()
+        try:
+            beats = {other: self._store.add(f"beat/{other}", 0) for other in self._others}
+            deadline = time.monotonic() + min(_SILENT_S, self._timeout_s)
+            while time.monotonic() < deadline:
+                if self._failure is not None or self._store.check(["failure"]):
+                    return None
+                time.sleep(_POLL_S / 4)
+            silent = [other for other, count in beats.items() if self._store.add(f"beat/{other}", 0) == count]
+        except RuntimeError:  # the store is gone; where a rank hosts it, it is rank 0 that does
+            return None if _launcher_hosts_store() or self._rank == 0 else 0
+        return silent[0] if silent else None
+
+    def post_failure(self, text: str, culprit: int | None = None) -> str | None:
+        """Tell the others, and wait until they have heard. Returns another rank's failure where that came first.
+
+        culprit: the rank that failed; default this one
+        """
         self._unwinding.set()
         if self._failure is not None:
             return self._failure
         try:
-            if (first := self._post(self._rank, text)) is not None:
+            if (first := self._post(self._rank if culprit is None else culprit, text)) is not None:
                 return first
             # Whoever hosts the store, or is about to be cleaned up by its launcher, must not go before they have.
             deadline = time.monotonic() + min(_GRACE_S, self._timeout_s)
-            waiting = list(self._others)
+            waiting = [other for other in self._others if other != culprit]
             while waiting and time.monotonic() < deadline:
                 time.sleep(_POLL_S / 4)
                 waiting = [other for other in waiting if not self._store.check([f"heard/{other}"])]
