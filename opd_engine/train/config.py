@@ -55,6 +55,13 @@ class RunConfig:
         "the host between turns (staged) or always on the device (resident)",
         choices=("switch", "staged", "resident"),
     )
+    workspace_bytes: int = _field(
+        0,
+        "megatron: logits that exist at a time; the LM head then works in chunks and gives its gradients with the "
+        "loss, 0 makes the logits of all rows that count",
+        unit="bytes",
+        min=0,
+    )
     resume: bool = _field(False, "only continue: refuse to begin a run where output_dir holds none")
     overwrite: bool = _field(
         False, "begin anew where output_dir already holds a run, which is then lost; else the same command continues it"
@@ -233,6 +240,11 @@ class TrainConfig:
             raise ConfigError(f'teachers: data.task = "{self.data.task}" makes its own, got {", ".join(self.teachers)}')
         if self.run.wandb_project and importlib.util.find_spec("wandb") is None:
             raise ConfigError(f"run.wandb_project: got {self.run.wandb_project!r}, and wandb is not installed")
+        if self.run.backend == "hf" and self.run.workspace_bytes:
+            raise ConfigError(
+                f'run.workspace_bytes: wanted 0 for run.backend = "hf", got {self.run.workspace_bytes}; only the '
+                "megatron backend computes the LM head in chunks"
+            )
         for key in ("pp", "cp"):
             if self.run.backend == "hf" and getattr(self.run, key) != 1:
                 raise ConfigError(

@@ -164,6 +164,7 @@ class MegatronTrainer:
             groups=groups,
             layout=layout,
             token_map=self.token_map,
+            workspace_bytes=config.run.workspace_bytes or None,
             guard=lambda: self.weights.check_trainable("MegatronActor"),
         )
         self.teachers: dict[str, MegatronScorer] = {}
@@ -174,6 +175,7 @@ class MegatronTrainer:
                 "groups": groups,
                 "layout": layout,
                 "token_map": self.teacher_maps[name],
+                "workspace_bytes": config.run.workspace_bytes or None,
             }
             if own == shape and config.run.teacher_weights == "switch":
                 tag = f"teacher:{name}"

@@ -134,7 +134,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class Sample:
-    """One rollout. mask[i] counts the row that predicts tokens[i + 1]; log_probs[i] is the engine's of that token."""
+    """One rollout. mask[i] counts the row that predicts tokens[i + 1]; log_probs[i] is the engine's of that token.
+
+    teacher_prompt: what teachers see in place of the tokens up to the first row that counts
+    """
 
     number: int
     tokens: Tensor
@@ -142,6 +145,7 @@ class Sample:
     teachers: tuple[str, ...]
     log_probs: Tensor
     advantage: float
+    teacher_prompt: Tensor | None = None
 
 
 def engine_topk(sample: Sample, width: int = 5) -> Tensor:
@@ -167,6 +171,16 @@ def frozen_parts(
     for logits in lists:
         inside.scatter_(1, logits.topk(loss.k, dim=1).indices, True)
     return inside, [(teachers[name] / loss.temperature).log_softmax(1) for name in sample.teachers]
+
+
+def teacher_logits(weights: dict[str, Tensor], shape: Shape, sample: Sample) -> Tensor:
+    """A teacher's logits in the sample's rows, from its own prompt where there is one: other positions, same tokens."""
+    if sample.teacher_prompt is None or not sample.mask.any():
+        return forward(weights, shape, sample.tokens)
+    first = int(sample.mask.nonzero()[0])
+    seen = forward(weights, shape, torch.cat([sample.teacher_prompt, sample.tokens[first + 1 :]]))
+    before = torch.zeros(first, shape.vocab_size, dtype=torch.float64)
+    return torch.cat([before, seen[sample.teacher_prompt.numel() - 1 :]])
 
 
 def row_losses(logits: Tensor, sample: Sample, inside: Tensor, teachers: list[Tensor], loss: Loss) -> Tensor:
@@ -218,7 +232,7 @@ class Reference:
         with torch.no_grad():
             for sample in samples:
                 teachers = {
-                    name: forward(double_leaves(teacher_weights[name]), teacher_shape, sample.tokens)
+                    name: teacher_logits(double_leaves(teacher_weights[name]), teacher_shape, sample)
                     for name in sample.teachers
                 }
                 student = forward(self.weights, shape, sample.tokens)

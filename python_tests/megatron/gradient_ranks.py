@@ -17,7 +17,7 @@ from megatron.dense import Loss, Reference, Sample, Shape
 from megatron.layouts import CHECKS, LAYOUTS, Layout
 from megatron.samples import MIXED, ROUTED, TEACHERS, as_batch, make_samples, rolled_out, with_teachers
 from opd_engine.distillation import OPDConfig, RolloutBatch
-from opd_engine.teachers import TeacherPool
+from opd_engine.teachers import TeacherPool, TeacherSpec
 
 LR, STEPS = 0.1, 4
 ADAM = {"betas": (0.9, 0.95), "eps": 1.0}  # so large an epsilon keeps Adam from turning noise near 0 into full steps
@@ -160,7 +160,11 @@ def scores(job: Job) -> dict[str, float]:
     """Old policy and teachers against the reference's logits, on the last stage."""
     actor = job.actor(ROUTED)
     batch, samples = job.share(job.samples), job.samples[job.groups.dp.rank() :: job.layout.dp]
+    walked = walked_samples(job)
     scored = actor.score_rollouts(batch, job.teachers)
+    for name, numbers in walked.items():
+        own = {sample.number for sample in samples if sample.teachers == (name,) and sample.mask.any()}
+        assert numbers == own, (name, numbers, own)
     following = actor.student.next_token_logits(batch)  # the same on every rank, so checked on every stage
     last = torch.stack([dense_logits(job, sample)[-1] for sample in samples])
     relative = _gap(following, last) / float(last.abs().max())
@@ -191,6 +195,22 @@ def scores(job: Job) -> dict[str, float]:
     return worst
 
 
+def walked_samples(job: Job) -> dict[str, set[int]]:
+    """Fills with the samples that each teacher is fed from now on, its look at its own head left out."""
+    found: dict[str, set[int]] = {}
+    for name in job.teachers.names:
+        job.teachers[name].next_token_logits(job.share(job.samples))
+        walk, numbers = job.teachers[name].walk, found.setdefault(name, set())
+        make = type(walk).micro_inputs
+
+        def noted(batch, wanted=None, walk=walk, numbers=numbers, make=make):
+            numbers |= set(batch.sample_ids.tolist())
+            return make(walk, batch, wanted)
+
+        walk.micro_inputs = noted
+    return found
+
+
 def dense_logits(job: Job, sample: Sample) -> Tensor:
     with torch.no_grad():
         return dense.forward(dense.double_leaves(dense.make_weights(job.shape, 7)), job.shape, sample.tokens)
@@ -217,7 +237,20 @@ def mixed(job: Job) -> dict[str, float]:
     samples = mixed_samples(job)
     truth = job.reference(MIXED, tied=False, samples=samples).gradients()
     loss, gradient = job.errors(job.actor(MIXED, tied=False), samples, truth)
-    return {"loss": loss, "gradient": gradient}
+    return {"loss": loss, "gradient": gradient, "clipped": abs(job.metrics["clipped_rows"] - clipped(job, samples))}
+
+
+def clipped(job: Job, samples: list[Sample]) -> int:
+    """Rows where the policy gradient is cut off, by definition."""
+    shape, count = dataclasses.replace(job.shape, tied=False), 0
+    weights = dense.double_leaves(dense.make_weights(shape, 7))
+    for sample in samples:
+        with torch.no_grad():
+            q = (dense.forward(weights, shape, sample.tokens) / MIXED.temperature).log_softmax(1)
+        ratio = (q.gather(1, sample.tokens.roll(-1)[:, None])[:, 0] - sample.log_probs.double()).exp()[sample.mask]
+        count += int((ratio > 1.2).sum() if sample.advantage > 0 else (ratio < 0.8).sum())
+    assert count > 0
+    return count
 
 
 def mixed_samples(job: Job) -> list[Sample]:
@@ -277,7 +310,24 @@ def supports(job: Job) -> dict[str, float]:
         loss = Loss("forward_kl", support, k=5)
         actor = job.actor(loss, model_options=again)
         found[support] = job.errors(actor, job.samples, job.reference(loss).gradients())[1]
+    twice, few = loss_twice(), 3 * 4 * job.layout.padded_vocab_size // job.layout.tp
+    truth = job.reference(ROUTED).gradients()
+    for name, options in (("scores", {}), ("kept hidden", {"keep_teacher_hidden": True})):
+        actor = job.actor(ROUTED, kind=twice, workspace_bytes=few, options=options)
+        found[f"loss computed twice, {name}"] = job.errors(actor, job.samples, truth)[1]
     return found
+
+
+def loss_twice():
+    """An actor whose loss function runs twice a micro-batch: it frees nothing and adds to no gradient by itself."""
+    from opd_engine.integrations.megatron import MegatronActor
+
+    class Twice(MegatronActor):
+        def _loss(self, *args):
+            super()._loss(*args)
+            return super()._loss(*args)
+
+    return Twice
 
 
 def engine_topk(job: Job) -> dict[str, float]:
@@ -340,8 +390,30 @@ def kept_hidden(job: Job) -> dict[str, float]:
     scored = actor.score_rollouts(batch, job.teachers)
     kept = int(batch.loss_mask.sum()) * job.teacher_shape.hidden // job.layout.tp * 4
     assert scored.nbytes == (kept if job.groups.is_last_stage else 0), (scored.nbytes, kept)
-    actor.train_step(batch, scored)
-    assert scored.nbytes == 0
+    actor.train_step(batch.select(range(batch.num_seqs // 2)), scored)
+    try:
+        actor.train_step(batch.select(range(batch.num_seqs // 2, batch.num_seqs)), scored)
+        found["a second step was taken"] = 1.0
+    except ValueError as refusal:
+        assert str(refusal).startswith("keep_teacher_hidden: the student has been updated"), refusal
+    return found
+
+
+def own_prompts(job: Job) -> dict[str, float]:
+    """One teacher sees prompts of its own, longer and shorter: the same tokens at other positions."""
+    generator = torch.Generator().manual_seed(5)
+    samples = [
+        dataclasses.replace(s, teacher_prompt=torch.randint(0, 61, (1 + s.number % 4 * 3,), generator=generator))
+        if s.teachers == ("math",) and s.number != 6
+        else s
+        for s in job.samples
+    ]
+    truth, plain = job.reference(ROUTED, samples=samples).gradients(), job.teachers
+    job.teachers = TeacherPool([(TeacherSpec(n, teacher_tokens=n == "math"), plain[n]) for n in TEACHERS])
+    found = {}
+    for name, options in (("scores", {}), ("kept hidden", {"keep_teacher_hidden": True})):
+        found[name] = job.errors(job.actor(ROUTED, options=options), samples, truth)[1]
+    job.teachers = plain
     return found
 
 
@@ -361,6 +433,12 @@ def chunked_head(job: Job) -> dict[str, float]:
         found[name] = job.errors(job.actor(loss, tied=tied, workspace_bytes=few), samples, truth)[1]
         found[f"{name}, metrics"] = _different(job.metrics, metrics)
         assert bool(used) == (job.groups.is_last_stage and loss is not MIXED), (name, used)
+    half = job.actor(ROUTED, workspace_bytes=few, options={"coefficient": 0.5})
+    truth = job.reference(ROUTED).gradients()[1]
+    job.errors(half, job.samples, (0.0, truth))
+    found["half the coefficient"] = job.distance(
+        models.gradients(half.walk.model), {n: g / 2 for n, g in truth.items()}
+    )
     overlapped = job.actor(ROUTED, workspace_bytes=few, overlapped=True)
     found["reduced during the backward"] = job.errors(overlapped, job.samples, job.reference(ROUTED).gradients())[1]
     averaged = job.actor(ROUTED, workspace_bytes=few, model_options={"calculate_per_token_loss": False})
@@ -394,11 +472,16 @@ def steps(job: Job) -> dict[str, float]:
         actor = job.actor(ROUTED, steps=count)
         batch = job.share(job.samples)
         scored = actor.score_rollouts(batch, job.teachers)
-        assert (scored.nbytes > 0) == (job.groups.is_last_stage and bool(batch.loss_mask.any()))
+        rows = int(batch.loss_mask.sum()) if job.groups.is_last_stage else 0
+        assert scored.nbytes == rows * (8 * ROUTED.k + 16), (scored.nbytes, rows)
+        norms = []
         for _ in range(count):
             report = actor.train_step(batch, scored)
             assert report.update_successful
+            norms.append(report.grad_norm)
         reference = job.reference(ROUTED)
+        norm = sum(float(gradient.square().sum()) for gradient in reference.gradients()[1].values()) ** 0.5
+        found[f"norm of the gradient, of {count}"] = abs(norms[0] - norm) / norm
         before = {name: weight.detach().clone() for name, weight in reference.weights.items()}
         optimizer = torch.optim.Adam(reference.weights.values(), lr=LR, **ADAM)
         for _ in range(count):

@@ -13,6 +13,7 @@ CHECKS = (
     "supports",
     "engine_topk",
     "kept_hidden",
+    "own_prompts",
     "chunked_head",
     "no_loss_token",
     "steps",

@@ -33,7 +33,6 @@ def transformer_config(shape: Shape, groups, **options):
         "params_dtype": torch.float32,
         "pipeline_dtype": torch.float32,
         "use_cpu_initialization": True,
-        "perform_initialization": False,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": False,
         "gradient_accumulation_fusion": False,

@@ -78,6 +78,13 @@ def refused_at_launch(job: Job) -> dict[str, str]:
     model.ddp_config.overlap_param_gather = True
     found["late weights"] = message(make())
     model.ddp_config.overlap_param_gather = False
+    if job.layout.tp > 1:
+        marks = [p for p in model.parameters() if getattr(p, "tensor_model_parallel", False)]
+        for parameter in marks:
+            parameter.tensor_model_parallel = False
+        found["weights without marks"] = message(make())
+        for parameter in marks:
+            parameter.tensor_model_parallel = True
     if job.groups.is_last_stage:
         found["vocabulary too large"] = message(make(vocab_size=job.layout.padded_vocab_size + 1))
     if job.groups.dp_cp.size() > 1:

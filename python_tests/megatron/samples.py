@@ -67,5 +67,6 @@ def as_batch(samples: list[Sample]) -> RolloutBatch:
         rollout_topk_ids=torch.cat([none.long().view(0, 5), *(dense.engine_topk(s) for s in samples)]),
         rollout_topk_log_probs=-1.0 - torch.arange(5.0).repeat(int(lengths.sum()), 1),
         rollout_log_probs=torch.cat([none, *(s.log_probs for s in samples)]).clamp(max=0.0),
+        teacher_prompts=[s.teacher_prompt for s in samples],
         advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float64),
     )

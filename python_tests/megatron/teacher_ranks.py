@@ -5,6 +5,7 @@ Each check returns what it found; pytest's own process judges. Two teachers have
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -69,7 +70,7 @@ def everything(layout: str, folder: str) -> dict[str, object]:
     job = start(LAYOUTS[layout])
     return {
         check.__name__: check(job, Path(folder))
-        for check in (step_zero, guards, checkpoints, qwen3_folder, metrics_of_any_split)
+        for check in (step_zero, self_distillation, guards, checkpoints, qwen3_folder, metrics_of_any_split)
     }
 
 
@@ -93,6 +94,10 @@ def step_zero(job: Job, folder: Path) -> dict[str, object]:
             "gradient": job.distance(gradients, truth[1]),
             "as separate modules": job.distance(home.gradients(home.separate), truth[1]),
         }
+        home.actor.config = dataclasses.replace(home.actor.config, keep_teacher_hidden=True)
+        found[" ".join(order)]["kept as hidden states"] = max(
+            job.distance(home.gradients(pool), truth[1]) for pool in (home.switched, home.separate)
+        )
     for name in TEACHERS:
         home = Home(job)
 
@@ -118,6 +123,36 @@ def step_zero(job: Job, folder: Path) -> dict[str, object]:
         for module in teachers
         for p in module.parameters()
     )
+    return found
+
+
+def self_distillation(job: Job, folder: Path) -> dict[str, float]:
+    """An earlier student and a running mean of it teach the student as it is after a step, in its own module."""
+    from opd_engine.integrations.megatron.teachers import switched_teacher
+
+    home = Home(job)
+    home.weights.back_up("student:old")
+    home.weights.blend("student:mean", decay=0.25)
+    scored = home.actor.score_rollouts(home.batch, home.switched)
+    with home.weights.training():
+        home.actor.train_step(home.batch, scored)
+    home.weights.blend("student:mean", decay=0.25)
+    old = {name: weight.double() for name, weight in dense.make_weights(job.shape, 7).items()}
+    new = {n: w.double() for n, w in models.assemble(models.parameters(home.actor.walk.model), job.groups)[0].items()}
+    mean = {name: 0.25 * old[name] + 0.75 * new[name] for name in old}
+    assert max(float((new[name] - old[name]).abs().max()) for name in old) > 1e-3
+    found = {}
+    common = {"vocab_size": 61, "layout": job.batch_layout}
+    pool = TeacherPool(
+        {n: switched_teacher(home.actor.walk.model, home.weights, f"student:{n}", **common) for n in ("old", "mean")}
+    )
+    samples = [dataclasses.replace(s, teachers=("old" if s.number % 2 else "mean",)) for s in job.samples]
+    teachers = {"old": old, "mean": mean}
+    truth = dense.Reference(job.shape, new, job.shape, teachers, samples, ROUTED).gradients()
+    home.batch = job.share(samples)
+    found["gradient"] = job.distance(home.gradients(pool), truth[1])
+    same = TeacherPool({"old": home.actor.student, "mean": home.actor.student})
+    found["of itself"] = max(float(g.abs().max()) for g in home.gradients(same).values())
     return found
 
 

@@ -47,6 +47,7 @@ LAUNCH = {
     "cannot distil": "tail 'truncate'",
     "other sizes": "groups: wanted",
     "late weights": "overlap_param_gather=True: not supported",
+    "weights without marks": "wanted weights marked tensor_model_parallel at 2 tensor-parallel ranks, got none",
     "vocabulary too large": "vocab_size: wanted the real vocabulary, at most the output layer's 64",
     "per-token changed": "calculate_per_token_loss=False: the DistributedDataParallel was built with True",
 }

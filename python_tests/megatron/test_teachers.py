@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(missing, reason="megatron-core is not installed (the [megatron] extra)"),
 ]
-HERE = ("tp2 pp2", "dp2 distributed optimizer", "cp2 zigzag")
+HERE = ("tp2 pp2", "dp2 distributed optimizer", "dp2 cp2 distributed optimizer")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,15 @@ def test_the_first_gradient_and_what_is_published_are_the_students(ranks):
                 assert case["tag"] == "student" and case["untouched"], name
             else:
                 assert case["published"] and case["as separate modules"] <= BOUND, name
+                assert case["kept as hidden states"] <= BOUND, name
             assert case["gradient"] <= BOUND, (name, case)
+
+
+def test_earlier_students_and_their_mean_teach_the_student(ranks):
+    """A student that is its own teacher has nothing to learn: its gradient is rounding."""
+    for rank in ranks:
+        assert rank["self_distillation"]["gradient"] <= BOUND, rank["self_distillation"]
+        assert rank["self_distillation"]["of itself"] <= 1e-6, rank["self_distillation"]
 
 
 def test_every_guard_fires(ranks):

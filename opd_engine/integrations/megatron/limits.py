@@ -87,6 +87,13 @@ def check_trainable(model: torch.nn.Module, groups: MegatronGroups) -> None:
             "overlap_param_gather=True: not supported, weights would be read (scored, published, switched) before "
             "they are gathered"
         )
+    marked = any(getattr(parameter, "tensor_model_parallel", False) for parameter in model.parameters())
+    if groups.tp_size > 1 and not marked:
+        # perform_initialization=False leaves the marks out, and with them the other ranks' shards of the norm.
+        raise ValueError(
+            f"model: wanted weights marked tensor_model_parallel at {groups.tp_size} tensor-parallel ranks, got none "
+            "(perform_initialization=False leaves them out); the gradient norm, and clipping, would see one rank's part"
+        )
     ranks = groups.dp_cp.size()
     if ranks == 1 or ddp_config.average_in_collective:
         return

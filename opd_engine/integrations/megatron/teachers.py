@@ -27,6 +27,7 @@ def switched_teacher(
     groups: MegatronGroups | None = None,
     layout: BatchLayout | None = None,
     token_map: Mapping[str, int] | None = None,
+    workspace_bytes: int | None = None,
 ) -> MegatronScorer:
     """A teacher of the student's shape: the student's own model, wearing the tag's weights for the length of a pass.
 
@@ -36,7 +37,13 @@ def switched_teacher(
         raise ValueError(f"tag: wanted a set other than {weights.trainable!r}, got {tag!r}; known: {weights.tags}")
     scoring = functools.partial(weights.active, tag)
     return MegatronScorer(
-        model, vocab_size=vocab_size, groups=groups, layout=layout, token_map=token_map, scoring=scoring
+        model,
+        vocab_size=vocab_size,
+        groups=groups,
+        layout=layout,
+        token_map=token_map,
+        workspace_bytes=workspace_bytes,
+        scoring=scoring,
     )
 
 
@@ -49,6 +56,7 @@ def own_teacher(
     groups: MegatronGroups | None = None,
     layout: BatchLayout | None = None,
     token_map: Mapping[str, int] | None = None,
+    workspace_bytes: int | None = None,
 ) -> MegatronScorer:
     """A teacher of any shape as a module of its own: inference-only, on the host between its turns unless resident.
 
@@ -61,6 +69,7 @@ def own_teacher(
         groups=groups,
         layout=layout,
         token_map=token_map,
+        workspace_bytes=workspace_bytes,
         scoring=staged.on_device,
         keep_eval=True,
     )
