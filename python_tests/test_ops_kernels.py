@@ -85,11 +85,10 @@ PATTERNS = {
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("k", [1, 64, 1024])
-def test_topk_is_exact_whatever_the_row_holds(pattern, k):
-    row = PATTERNS[pattern](50_257)[None]  # V % 8 != 0
-    ids, log_probs, tail, *_ = OPS.merge_topk(
-        OPS.topk_partials(row, k, None, 0, 50_257, 1.0, None)[None], k, None, 50_257, 1.0, None
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_topk_is_exact_whatever_the_row_holds(pattern, k, dtype):
+    row = PATTERNS[pattern](50_257)[None].to(dtype)  # V % 8 != 0
+    ids, log_probs, tail, *_ = OPS.topk_log_probs(row, k, None, 50_257, 1.0, None)
     order = torch.sort(row.double(), dim=-1, descending=True, stable=True)
     assert torch.equal(ids, torch.where(order.values > -torch.inf, order.indices, -1)[:, :k])
     reference = torch.log_softmax(row.double(), -1)
@@ -100,6 +99,20 @@ def test_topk_is_exact_whatever_the_row_holds(pattern, k):
     torch.testing.assert_close(log_probs.double()[present], expected[present], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 40], ids=["cut_into_eight", "cut_into_two", "uncut"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_op_for_the_whole_vocabulary_is_partials_and_merge(rows, dtype):
+    logits, vocab_size, target = torch.randn(rows, 140_000).to(dtype), 139_990, torch.arange(rows) * 1_000
+    whole = OPS.topk_log_probs(logits, 30, target, vocab_size, 0.8, None)
+    parts = OPS.topk_partials(logits, 30, target, 0, vocab_size, 0.8, None)
+    merged = OPS.merge_topk(parts[None], 30, target, vocab_size, 0.8, None)
+    assert torch.equal(whole[0], merged[0])
+    for a, b in zip(whole[1:], merged[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-6)
+    with pytest.raises(RuntimeError, match="topk_log_probs: logits must hold the whole vocabulary of 140001"):
+        OPS.topk_log_probs(logits, 30, target, 140_001, 0.8, None)
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     threads = torch.get_num_threads()
     logits, ids = torch.randn(3, 100_003), torch.arange(0, 90_000, 1000)[None].expand(3, -1).contiguous()
@@ -108,7 +121,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
     def everything():
         gathered = OPS.gather_log_probs(logits, ids, None, 100_003, 1.0, None)
         gradient = OPS.scores_backward(logits, ids, None, gathered[5], upstream, 0, 100_003, 1.0, None)
-        return [OPS.topk_partials(logits, 9, None, 0, 100_003, 1.0, None), *gathered, gradient]
+        topk = OPS.topk_log_probs(logits, 9, None, 100_003, 1.0, None)
+        return [OPS.topk_partials(logits, 9, None, 0, 100_003, 1.0, None), *topk, *gathered, gradient]
 
     try:
         torch.set_num_threads(1)

@@ -65,6 +65,7 @@ struct TopkPartialsParams {
   const int64_t* target;  // [T] or nullptr
   int32_t* packed;        // [T, packed_words]: k values, 5 stats, target logit, k int32 global ids
   int64_t packed_words;
+  bool goes_on;  // what follows the last row in memory is read next
 };
 
 struct MergeTopkParams {

@@ -109,8 +109,9 @@ Pieces pieces_of(const Context& context, const LogitsView& logits) {
 
 void launch_topk_partials(const Context& context, const TopkPartialsParams& p, const Pieces& pieces) {
   OPD_ON_CUDA(p.logits.num_rows, launch_topk_partials(p, cut(pieces), stream))
-  parallel_pieces(p.logits, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
+  parallel_pieces(p.logits, pieces, [&](int64_t piece, int64_t begin, int64_t end, bool is_last) {
     TopkPartialsParams part = p;
+    part.goes_on = !is_last && p.logits.num_rows == 1;
     part.logits = piece_of(p.logits, pieces, piece);
     part.vocab_start_index += piece * pieces.columns;
     part.packed += piece * p.logits.num_rows * p.packed_words;
@@ -122,7 +123,7 @@ void launch_gather_partials(const Context& context, const GatherPartialsParams& 
   OPD_ON_CUDA(p.logits.num_rows, launch_gather_partials(p, cut(pieces), stream))
   const int64_t num_tokens = p.logits.num_rows, item = score_size(p.logits.dtype);
   const int64_t support_width = p.k + (p.target != nullptr);
-  parallel_pieces(p.logits, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
+  parallel_pieces(p.logits, pieces, [&](int64_t piece, int64_t begin, int64_t end, bool) {
     GatherPartialsParams part = p;
     part.logits = piece_of(p.logits, pieces, piece);
     part.vocab_start_index += piece * pieces.columns;
@@ -156,7 +157,7 @@ void launch_merge_gather(const Context& context, const MergeGatherParams& p) {
 void launch_scores_backward(const Context& context, const ScoresBackwardParams& p) {
   const Pieces pieces = pieces_of(context, p.logits);
   OPD_ON_CUDA(p.logits.num_rows, launch_scores_backward(p, cut(pieces), stream))
-  parallel_pieces(p.logits, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
+  parallel_pieces(p.logits, pieces, [&](int64_t piece, int64_t begin, int64_t end, bool) {
     ScoresBackwardParams part = p;
     part.logits = piece_of(p.logits, pieces, piece);
     part.grad = piece_of(p.grad, pieces, piece);
@@ -173,7 +174,7 @@ void launch_bucket_divergence(const Context& context, const BucketDivergencePara
 void launch_full_divergence(const Context& context, const FullDivergenceParams& p, const Pieces& pieces) {
   OPD_ON_CUDA(p.student.num_rows, launch_full_divergence(p, cut(pieces), stream))
   const int64_t piece_bytes = p.student.num_rows * 2 * score_size(p.student.dtype);
-  parallel_pieces(p.student, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
+  parallel_pieces(p.student, pieces, [&](int64_t piece, int64_t begin, int64_t end, bool) {
     FullDivergenceParams part = full_piece(p, pieces, piece);
     part.sums = static_cast<char*>(p.sums) + piece * piece_bytes;
     cpu::variant_kernels()->full_divergence(part, begin, end);
@@ -183,7 +184,7 @@ void launch_full_divergence(const Context& context, const FullDivergenceParams& 
 void launch_full_divergence_backward(const Context& context, const FullDivergenceParams& p) {
   const Pieces pieces = pieces_of(context, p.student);
   OPD_ON_CUDA(p.student.num_rows, launch_full_divergence_backward(p, cut(pieces), stream))
-  parallel_pieces(p.student, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
+  parallel_pieces(p.student, pieces, [&](int64_t piece, int64_t begin, int64_t end, bool) {
     FullDivergenceParams part = full_piece(p, pieces, piece);
     part.grad = piece_of(p.grad, pieces, piece);
     cpu::variant_kernels()->full_divergence_backward(part, begin, end);

@@ -18,6 +18,8 @@ Tensor topk_partials(Tensor logits, int64_t k, OptionalTensor target, int64_t vo
                      double temperature, OptionalTensor row_temperature);
 SixTensors merge_topk(Tensor packed, int64_t k, OptionalTensor target, int64_t vocab_size, double temperature,
                       OptionalTensor row_temperature);
+SixTensors topk_log_probs(Tensor logits, int64_t k, OptionalTensor target, int64_t vocab_size, double temperature,
+                          OptionalTensor row_temperature);
 std::tuple<Tensor, Tensor> gather_partials(Tensor logits, Tensor indices, OptionalTensor target,
                                            int64_t vocab_start_index, int64_t vocab_size, double temperature,
                                            OptionalTensor row_temperature);

@@ -36,7 +36,8 @@ inline LogitsView piece_of(const LogitsView& logits, const Pieces& pieces, int64
   return part;
 }
 
-// Runs body(piece, begin, end) over all rows of all pieces on torch's intra-op pool.
+// Runs body(piece, begin, end, is_last) over all rows of all pieces on torch's intra-op pool; is_last: the last call of
+// its thread, which else goes on with the next piece.
 template <class Body>
 void parallel_pieces(const LogitsView& logits, const Pieces& pieces, const Body& body) {
   const int64_t rows = logits.num_rows, columns = pieces.columns < 1 ? 1 : pieces.columns;
@@ -45,8 +46,8 @@ void parallel_pieces(const LogitsView& logits, const Pieces& pieces, const Body&
   torch::stable::parallel_for(0, rows * pieces.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end;) {
       const int64_t piece = at / rows, row = at % rows, stop = row + (end - at) < rows ? row + (end - at) : rows;
-      body(piece, row, stop);
       at += stop - row;
+      body(piece, row, stop, at == end);
     }
   });
 }

@@ -32,6 +32,9 @@ OPD_DEFINE(OPD_LIBRARY, m) {
       "scores_backward_(Tensor(a!) logits, Tensor indices, Tensor? target, Tensor stats, Tensor upstream, "
       "int vocab_start_index, int vocab_size, float temperature, Tensor? row_temperature) -> ()");
   m.def(
+      "topk_log_probs(Tensor logits, int k, Tensor? target, int vocab_size, float temperature, "
+      "Tensor? row_temperature) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "gather_log_probs(Tensor logits, Tensor indices, Tensor? target, int vocab_size, float temperature, "
       "Tensor? row_temperature) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -64,6 +67,7 @@ void implement(Library& m) {
   m.impl("merge_topk", TORCH_BOX(&opd::ops::merge_topk));
   m.impl("gather_partials", TORCH_BOX(&opd::ops::gather_partials));
   m.impl("merge_gather", TORCH_BOX(&opd::ops::merge_gather));
+  m.impl("topk_log_probs", TORCH_BOX(&opd::ops::topk_log_probs));
   m.impl("gather_log_probs", TORCH_BOX(&opd::ops::gather_log_probs));
   m.impl("scores_backward", TORCH_BOX(&opd::ops::scores_backward));
   m.impl("scores_backward_", TORCH_BOX(&opd::ops::scores_backward_));

@@ -8,12 +8,16 @@ namespace opd::ops {
 
 constexpr int64_t kMaxVocab = int64_t{1} << 31;
 
-Tensor topk_partials(Tensor logits, int64_t k, OptionalTensor target, int64_t vocab_start_index, int64_t vocab_size,
-                     double temperature, OptionalTensor row_temperature) {
-  const Context context = context_of("topk_partials", logits);
-  STD_TORCH_CHECK(k >= 0 && k <= vocab_size, "topk_partials: k must be in [0, vocab_size = ", vocab_size, "], got ", k);
+namespace {
+
+// Messages of all pieces, [pieces, T, words], and what merges them, filled but for its outputs.
+std::tuple<Tensor, MergeTopkParams> topk_messages(const Context& context, const Tensor& logits, int64_t k,
+                                                  const OptionalTensor& target, int64_t vocab_start_index,
+                                                  int64_t vocab_size, double temperature,
+                                                  const OptionalTensor& row_temperature) {
+  STD_TORCH_CHECK(k >= 0 && k <= vocab_size, context.op, ": k must be in [0, vocab_size = ", vocab_size, "], got ", k);
   check_topk_supported(context, k);
-  STD_TORCH_CHECK(vocab_size < kMaxVocab, "topk_partials: vocab_size must be below 2^31, got ", vocab_size);
+  STD_TORCH_CHECK(vocab_size < kMaxVocab, context.op, ": vocab_size must be below 2^31, got ", vocab_size);
   TopkPartialsParams p{};
   p.logits = view_of(context, "logits", logits, vocab_start_index, vocab_size);  // [*, vocab_shard_size]
   const int64_t num_tokens = p.logits.num_rows;
@@ -28,8 +32,6 @@ Tensor topk_partials(Tensor logits, int64_t k, OptionalTensor target, int64_t vo
   Tensor packed = context.empty({pieces.count, num_tokens, p.packed_words}, ScalarType::Int);
   p.packed = static_cast<int32_t*>(packed.data_ptr());
   launch_topk_partials(context, p, pieces);
-  if (pieces.count == 1) return torch::stable::squeeze(packed, 0);
-  Tensor combined = context.empty({num_tokens, p.packed_words}, ScalarType::Int);
   MergeTopkParams merge{};
   merge.packed = p.packed;
   merge.packed_words = p.packed_words;
@@ -40,7 +42,41 @@ Tensor topk_partials(Tensor logits, int64_t k, OptionalTensor target, int64_t vo
   merge.is_float64 = context.is_float64();
   merge.temperature = p.temperature;
   merge.target = p.target;
-  launch_combine_topk(context, merge, static_cast<int32_t*>(combined.data_ptr()));
+  return {packed, merge};
+}
+
+SixTensors merge_messages(const Context& context, MergeTopkParams p) {
+  const int64_t rows = p.num_rows;
+  Tensor indices = context.empty({rows, p.k}, ScalarType::Long), log_probs = context.empty_scores({rows, p.k});
+  Tensor tail = context.empty_scores({rows}), lse = context.empty_scores({rows});
+  Tensor entropy = context.empty_scores({rows});
+  Tensor target_log_prob = context.empty_scores({p.target != nullptr ? rows : 0});
+  p.indices = static_cast<int64_t*>(indices.data_ptr());
+  p.log_probs = log_probs.data_ptr();
+  p.tail_log_prob = tail.data_ptr();
+  p.lse = lse.data_ptr();
+  p.entropy = entropy.data_ptr();
+  p.target_log_prob = target_log_prob.data_ptr();
+  launch_merge_topk(context, p);
+  return {indices, log_probs, tail, lse, entropy, target_log_prob};
+}
+
+void check_whole_vocab(const Context& context, const Tensor& logits, int64_t vocab_size) {
+  const int64_t columns = logits.dim() >= 1 ? logits.size(logits.dim() - 1) : 0;
+  STD_TORCH_CHECK(columns >= vocab_size, context.op, ": logits must hold the whole vocabulary of ", vocab_size,
+                  " columns, got ", columns);
+}
+
+}  // namespace
+
+Tensor topk_partials(Tensor logits, int64_t k, OptionalTensor target, int64_t vocab_start_index, int64_t vocab_size,
+                     double temperature, OptionalTensor row_temperature) {
+  const Context context = context_of("topk_partials", logits);
+  auto [packed, pieces] =
+      topk_messages(context, logits, k, target, vocab_start_index, vocab_size, temperature, row_temperature);
+  if (pieces.tp_size == 1) return torch::stable::squeeze(packed, 0);
+  Tensor combined = context.empty({pieces.num_rows, pieces.packed_words}, ScalarType::Int);
+  launch_combine_topk(context, pieces, static_cast<int32_t*>(combined.data_ptr()));
   return combined;
 }
 
@@ -65,18 +101,16 @@ SixTensors merge_topk(Tensor packed, int64_t k, OptionalTensor target, int64_t v
   p.vocab_size = vocab_size;
   p.temperature = temperature_of(context, temperature, row_temperature, p.num_rows);
   p.target = target_pointer(context, target, p.num_rows);
-  Tensor indices = context.empty({p.num_rows, k}, ScalarType::Long);
-  Tensor log_probs = context.empty_scores({p.num_rows, k}), tail = context.empty_scores({p.num_rows});
-  Tensor lse = context.empty_scores({p.num_rows}), entropy = context.empty_scores({p.num_rows});
-  Tensor target_log_prob = context.empty_scores({target.has_value() ? p.num_rows : 0});
-  p.indices = static_cast<int64_t*>(indices.data_ptr());
-  p.log_probs = log_probs.data_ptr();
-  p.tail_log_prob = tail.data_ptr();
-  p.lse = lse.data_ptr();
-  p.entropy = entropy.data_ptr();
-  p.target_log_prob = target_log_prob.data_ptr();
-  launch_merge_topk(context, p);
-  return {indices, log_probs, tail, lse, entropy, target_log_prob};
+  return merge_messages(context, p);
+}
+
+SixTensors topk_log_probs(Tensor logits, int64_t k, OptionalTensor target, int64_t vocab_size, double temperature,
+                          OptionalTensor row_temperature) {
+  const Context context = context_of("topk_log_probs", logits);
+  check_whole_vocab(context, logits, vocab_size);
+  // The pieces of the rows are merged as if they were shards: nothing stands between.
+  auto [packed, merge] = topk_messages(context, logits, k, target, 0, vocab_size, temperature, row_temperature);
+  return merge_messages(context, merge);
 }
 
 std::tuple<Tensor, Tensor> gather_partials(Tensor logits, Tensor indices, OptionalTensor target,
@@ -151,9 +185,7 @@ SixTensors merge_gather(Tensor stats, Tensor support_logits, Tensor indices, Opt
 
 SixTensors gather_log_probs(Tensor logits, Tensor indices, OptionalTensor target, int64_t vocab_size,
                             double temperature, OptionalTensor row_temperature) {
-  STD_TORCH_CHECK(logits.dim() >= 1 && logits.size(logits.dim() - 1) >= vocab_size,
-                  "gather_log_probs: logits must hold the whole vocabulary of ", vocab_size, " columns, got ",
-                  logits.dim() >= 1 ? logits.size(logits.dim() - 1) : 0);
+  check_whole_vocab(context_of("gather_log_probs", logits), logits, vocab_size);
   auto [stats, support_logits] = gather_partials(logits, indices, target, 0, vocab_size, temperature, row_temperature);
   return merge_gather(torch::stable::unsqueeze(stats, 0), support_logits, indices, target, vocab_size, temperature,
                       row_temperature);

@@ -31,7 +31,7 @@ _EAGER_COPIES = 8
 # Ours needs the original, a copy to overwrite or a gradient, and for two models the teacher's.
 _OUR_COPIES = 3
 # A single row takes as long as an interpreter whose code has just been evicted by another implementation.
-_SMALL_ELEMENTS, _CALLS_OF_A_SMALL_SAMPLE = 1 << 18, 10
+_SMALL_ELEMENTS, _CALLS_OF_A_SMALL_SAMPLE = 1 << 18, 50
 
 
 @dataclasses.dataclass

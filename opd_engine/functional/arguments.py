@@ -6,8 +6,9 @@ CPU temperatures); debug mode checks the rest, and then on all ranks of a tensor
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,7 @@ _LOGIT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-@dataclass(frozen=True)
-class LogitRows:
+class LogitRows(NamedTuple):
     """Checked logits and what is needed to read them: the arguments that all row ops share."""
 
     logits: Tensor  # [*, vocab_shard_size], at least 2-D
@@ -30,6 +30,11 @@ class LogitRows:
     shard: VocabShard
     temperature: float
     row_temperature: Tensor | None  # [num_rows], wins over temperature
+
+
+@functools.lru_cache(maxsize=64)
+def _whole_vocab(vocab_size: int) -> VocabShard:
+    return VocabShard(0, vocab_size, vocab_size)
 
 
 def debugging() -> bool:
@@ -60,7 +65,7 @@ def check_rows(
     if shard is None:
         if logits.size(-1) < 1:
             raise ValueError(f"{name}: wanted at least one column, got shape {tuple(logits.shape)}")
-        shard = VocabShard(0, logits.size(-1), logits.size(-1))
+        shard = _whole_vocab(logits.size(-1))
     elif not isinstance(shard, VocabShard):
         raise ValueError(f"shard: wanted a VocabShard or None, got {type(shard).__name__}")
     elif logits.size(-1) != shard.local_vocab_size:

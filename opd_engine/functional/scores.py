@@ -68,23 +68,17 @@ def topk_log_probs(
     rows, flat_target = check_together(
         shard, _device(logits), check, lambda checked: {"k": k, **describe_rows(checked[0], target=checked[1])}
     )
-    packed = torch.ops.opd_engine.topk_partials(
-        rows.logits.detach() if rows.logits.requires_grad else rows.logits,
-        k,
-        flat_target,
-        rows.shard.vocab_start_index,
-        rows.shard.vocab_size,
-        rows.temperature,
-        rows.row_temperature,
-    )
-    indices, *row_scores = torch.ops.opd_engine.merge_topk(
-        all_gather_stacked(packed, rows.shard.merge_group),
-        k,
-        flat_target,
-        rows.shard.vocab_size,
-        rows.temperature,
-        rows.row_temperature,
-    )
+    values = rows.logits.detach() if rows.logits.requires_grad else rows.logits
+    group, vocab_size = rows.shard.merge_group, rows.shard.vocab_size
+    rest = (rows.temperature, rows.row_temperature)
+    if group is None:
+        indices, *row_scores = torch.ops.opd_engine.topk_log_probs(values, k, flat_target, vocab_size, *rest)
+    else:
+        packed = torch.ops.opd_engine.topk_partials(
+            values, k, flat_target, rows.shard.vocab_start_index, vocab_size, *rest
+        )
+        stacked = all_gather_stacked(packed, group)
+        indices, *row_scores = torch.ops.opd_engine.merge_topk(stacked, k, flat_target, vocab_size, *rest)
     return _token_scores(rows, indices, row_scores, has_target=flat_target is not None)
 
 
@@ -169,7 +163,7 @@ def _token_scores(rows: LogitRows, indices: Tensor, row_scores: tuple[Tensor, ..
         indices, log_probs = (value.view(*rows.leading_shape, k) for value in (indices, log_probs))
         tail_log_prob, lse, entropy = (value.view(rows.leading_shape) for value in (tail_log_prob, lse, entropy))
         target_log_prob = target_log_prob.view(rows.leading_shape) if has_target else None
-    return TokenScores(
+    return TokenScores.of_checked(
         indices=indices,
         log_probs=log_probs,
         tail_log_prob=tail_log_prob,
@@ -194,15 +188,20 @@ class _GatherScores(torch.autograd.Function):
         inplace: bool,
         partial: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        stats, support_logits = torch.ops.opd_engine.gather_partials(
-            logits, indices, target, shard.vocab_start_index, shard.vocab_size, temperature, row_temperature
-        )
-        stacked = all_gather_stacked(stats, shard.merge_group)
-        # Each id has one owner and is 0 elsewhere: the sum is exact, in any order.
-        all_reduce_sum_(support_logits, shard.merge_group)
-        *row_scores, merged = torch.ops.opd_engine.merge_gather(
-            stacked, support_logits, indices, target, shard.vocab_size, temperature, row_temperature
-        )
+        group, vocab_size = shard.merge_group, shard.vocab_size
+        rest = (temperature, row_temperature)
+        if group is None:
+            *row_scores, merged = torch.ops.opd_engine.gather_log_probs(logits, indices, target, vocab_size, *rest)
+        else:
+            stats, support_logits = torch.ops.opd_engine.gather_partials(
+                logits, indices, target, shard.vocab_start_index, vocab_size, *rest
+            )
+            stacked = all_gather_stacked(stats, group)
+            # Each id has one owner and is 0 elsewhere: the sum is exact, in any order.
+            all_reduce_sum_(support_logits, group)
+            *row_scores, merged = torch.ops.opd_engine.merge_gather(
+                stacked, support_logits, indices, target, vocab_size, *rest
+            )
         ctx.save_for_backward(logits, indices, target, row_temperature, merged)
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.shard, ctx.inplace, ctx.partial = temperature, shard, inplace, partial

@@ -37,23 +37,37 @@ class TokenScores:
     target_log_prob: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.indices, Tensor) or self.indices.dtype not in _INTEGERS:
-            got = self.indices.dtype if isinstance(self.indices, Tensor) else type(self.indices).__name__
+        indices = self.indices
+        if not isinstance(indices, Tensor) or indices.dtype not in _INTEGERS:
+            got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
             raise ValueError(f"indices: wanted an integer tensor [T, k], got {got}")
-        if self.indices.dim() < 1:
-            raise ValueError(f"indices: wanted [T, k], got shape {tuple(self.indices.shape)}")
-        for name in ("log_probs", "tail_log_prob", "lse", "entropy", "target_log_prob"):
+        if indices.dim() < 1:
+            raise ValueError(f"indices: wanted [T, k], got shape {tuple(indices.shape)}")
+        shape, device = indices.shape, indices.device
+        self._check("log_probs", self.log_probs, shape, device)
+        shape = shape[:-1]
+        self._check("tail_log_prob", self.tail_log_prob, shape, device)
+        for name in ("lse", "entropy", "target_log_prob"):
             value = getattr(self, name)
-            if value is None and name not in ("log_probs", "tail_log_prob"):
-                continue
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{name}: wanted a floating tensor, got {got}")
-            wanted = self.indices.shape if name == "log_probs" else self.indices.shape[:-1]
-            if value.shape != wanted:
-                raise ValueError(f"{name}: wanted shape {tuple(wanted)} to match indices, got {tuple(value.shape)}")
-            if value.device != self.indices.device:
-                raise ValueError(f"{name}: wanted the device of indices, {self.indices.device}, got {value.device}")
+            if value is not None:
+                self._check(name, value, shape, device)
+
+    @staticmethod
+    def _check(name: str, value: Tensor, shape: torch.Size, device: torch.device) -> None:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: wanted a floating tensor, got {got}")
+        if value.shape != shape:
+            raise ValueError(f"{name}: wanted shape {tuple(shape)} to match indices, got {tuple(value.shape)}")
+        if value.device != device:
+            raise ValueError(f"{name}: wanted the device of indices, {device}, got {value.device}")
+
+    @classmethod
+    def of_checked(cls, **fields: Tensor | None) -> TokenScores:
+        """The scores that an op returned: all six fields, whose shapes match by construction, not checked again."""
+        scores = cls.__new__(cls)
+        scores.__dict__ = fields
+        return scores
 
     @property
     def k(self) -> int:

@@ -27,6 +27,13 @@ def _(packed, k, target, vocab_size, temperature, row_temperature):
     return (indices, *_scores(packed, torch.float64 if is_float64 else torch.float32, rows, k, target))
 
 
+@register_fake("opd_engine::topk_log_probs")
+def _(logits, k, target, vocab_size, temperature, row_temperature):
+    rows, dtype = num_rows(logits), score_dtype(logits.dtype)
+    indices = logits.new_empty((rows, k), dtype=torch.int64)
+    return (indices, *_scores(logits, dtype, rows, k, target))
+
+
 @register_fake("opd_engine::gather_partials")
 def _(logits, indices, target, vocab_start_index, vocab_size, temperature, row_temperature):
     rows, dtype = num_rows(logits), score_dtype(logits.dtype)

@@ -100,6 +100,9 @@ def test_few_rows_are_cut_into_pieces(emulated_ops, rows, width):
     target = torch.full((rows,), width - 1)
     for ours, cpu in zip(topk(emulated_ops, logits, 64), topk(torch.ops.opd_engine, logits, 64)):
         torch.testing.assert_close(ours, cpu, rtol=2e-6, atol=2e-6)
+    whole = [ops.topk_log_probs(logits, 64, target, width, 0.7, None) for ops in (emulated_ops, torch.ops.opd_engine)]
+    for ours, cpu in zip(*whole):
+        torch.testing.assert_close(ours, cpu, rtol=2e-6, atol=2e-6)
     arguments = (logits, ids, target, width, 0.7, None)
     gathered = [ops.gather_log_probs(*arguments) for ops in (emulated_ops, torch.ops.opd_engine)]
     for ours, cpu in zip(*gathered):

@@ -41,6 +41,7 @@ def sample_arguments(dtype, requires_grad=False):
         "merge_gather": (stats[None], support, ids, target, VOCAB, 0.7, None),
         "scores_backward": (logits, ids, target, merged[5], upstream, *place),
         "scores_backward_": (logits.clone(), ids, target, merged[5], upstream, *place),
+        "topk_log_probs": (logits, K, target, VOCAB, 1.0, temperature),
         "gather_log_probs": (leaf, ids, target, VOCAB, 0.7, None),
         "bucket_divergence": (ids, *student, *teacher[:2], *divergence, "bucket", None),
         "full_divergence": full,

@@ -109,46 +109,6 @@ OPD_INLINE const C* chunk_of(const Scalar* source, int64_t count, C* buffer) {
   return buffer;
 }
 
-// A chunk, group by group: a group is where chunk_of left it until it is lifted out, which copies it into the buffer.
-template <class C>
-class GroupedChunk {
- public:
-  // next: what the row goes on with, group_bytes a group; asked for while this chunk is computed with.
-  GroupedChunk(const C* chunk, int64_t padded, C* buffer, const void* next, int64_t group_bytes)
-      : buffer_(buffer), next_(static_cast<const char*>(next)), group_bytes_(group_bytes), count_(padded / kGroup<C>) {
-    for (int64_t g = 0; g < count_; ++g) groups_[g] = chunk + g * kGroup<C>;
-  }
-  OPD_ALWAYS_INLINE void prefetch_next(int64_t g) const {
-    for (int64_t byte = 0; byte < group_bytes_; byte += 64) __builtin_prefetch(next_ + g * group_bytes_ + byte);
-  }
-  int64_t count() const { return count_; }
-  const C* operator[](int64_t g) const { return groups_[g]; }
-  C* lift(int64_t g) {
-    C* own = buffer_ + g * kGroup<C>;
-    if (groups_[g] != own) {
-      std::memcpy(own, groups_[g], kGroup<C> * sizeof(C));
-      groups_[g] = own;
-    }
-    return own;
-  }
-
- private:
-  C* buffer_;
-  const char* next_;
-  int64_t group_bytes_, count_;
-  const C* groups_[kChunk<C> / kGroup<C>];
-};
-
-// Groups that lie in one piece.
-template <class C>
-struct Groups {
-  const C* start;
-  int64_t num;
-  int64_t count() const { return num; }
-  const C* operator[](int64_t g) const { return start + g * kGroup<C>; }
-  void prefetch_next(int64_t) const {}
-};
-
 template <class Scalar, class C>
 OPD_INLINE void narrow(const C* buffer, int64_t count, Scalar* target) {
   int64_t i = 0;
@@ -171,47 +131,36 @@ constexpr bool kInRegisters = std::is_same<ComputeOf<Scalar>, float>::value &&
                               std::is_same<Scalar, BFloat16>::value;
 #endif
 
-typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
-
-OPD_INLINE FloatVec load_floats(const BFloat16* source) {
-  HalfBits bits;
-  std::memcpy(&bits, source, sizeof(bits));
-#if defined(__AVX512F__)
-  return (FloatVec)((UInt32Vec)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits) << 16);
-#else
-  return (FloatVec)(__builtin_convertvector(bits, UInt32Vec) << 16);
-#endif
+// 2 kLanes<float> consecutive elements are a pair of vectors, in an order of the type's own: sums and maxima do not ask
+// for another, and store_pair knows it. bfloat16: the even ones, then the odd, no shuffle between (little-endian).
+OPD_INLINE FloatVec load_half(const BFloat16* pair, int which) {
+  UInt32Vec bits;
+  std::memcpy(&bits, pair, sizeof(bits));
+  return (FloatVec)(which == 0 ? bits << 16 : bits & 0xffff0000u);
 }
-// Two vectors to consecutive elements.
-// Round to nearest even; there is no NaN.
-OPD_INLINE void store_floats(BFloat16* target, FloatVec first, FloatVec second) {
-  const UInt32Vec a = (UInt32Vec)first + 0x7fffu + (((UInt32Vec)first >> 16) & 1u);
-  const UInt32Vec b = (UInt32Vec)second + 0x7fffu + (((UInt32Vec)second >> 16) & 1u);
-#if defined(__AVX512F__)
-  alignas(64) static constexpr uint16_t kUpperHalves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
-                                                            23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
-                                                            45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  _mm512_storeu_si512(target, _mm512_permutex2var_epi16((__m512i)a, _mm512_load_si512(kUpperHalves), (__m512i)b));
-#else
-  const HalfBits halves[2] = {__builtin_convertvector(a >> 16, HalfBits), __builtin_convertvector(b >> 16, HalfBits)};
-  std::memcpy(target, halves, sizeof(halves));
-#endif
+// Rounded to nearest even; there is no NaN.
+OPD_INLINE void store_pair(BFloat16* pair, FloatVec even, FloatVec odd) {
+  const UInt32Vec a = (UInt32Vec)even + 0x7fffu + (((UInt32Vec)even >> 16) & 1u);
+  const UInt32Vec b = (UInt32Vec)odd + 0x7fffu + (((UInt32Vec)odd >> 16) & 1u);
+  const UInt32Vec bits = (a >> 16) | (b & 0xffff0000u);
+  std::memcpy(pair, &bits, sizeof(bits));
 }
 #if defined(__F16C__)
-OPD_INLINE FloatVec load_floats(const Float16* source) {
+OPD_INLINE FloatVec load_half(const Float16* pair, int which) {
+  const Float16* source = pair + which * kLanes<float>;
 #if defined(__AVX512F__)
   return (FloatVec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
 #else
   return (FloatVec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
 #endif
 }
-OPD_INLINE void store_floats(Float16* target, FloatVec first, FloatVec second) {
+OPD_INLINE void store_pair(Float16* pair, FloatVec first, FloatVec second) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_maskz_cvtps_ph(0xffff, (__m512)first, 0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + 16), _mm512_maskz_cvtps_ph(0xffff, (__m512)second, 0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(pair), _mm512_maskz_cvtps_ph(0xffff, (__m512)first, 0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(pair + 16), _mm512_maskz_cvtps_ph(0xffff, (__m512)second, 0));
 #else
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph((__m256)first, 0));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(target + 8), _mm256_cvtps_ph((__m256)second, 0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(pair), _mm256_cvtps_ph((__m256)first, 0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(pair + 8), _mm256_cvtps_ph((__m256)second, 0));
 #endif
 }
 #endif

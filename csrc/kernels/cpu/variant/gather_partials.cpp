@@ -1,5 +1,5 @@
 // Gather: one shard's share of k given ids' logits, and its statistics with the tail summed over the off-support
-// columns. Bound: one read of the logits. Support columns are lifted out of a copy of their group, so the tail costs no
+// columns. Bound: one read of the logits. Support columns are taken out of a copy of their group, so the tail costs no
 // second exponential; they join the total afterwards, k of them.
 #include <algorithm>
 #include <memory>
@@ -43,14 +43,12 @@ void rows_of(const GatherPartialsParams& p, int64_t begin, int64_t end) {
     Statistics tail;
     int64_t next = 0;
     for (int64_t start = 0; start < valid; start += kChunk<C>) {
-      const int64_t count = std::min(kChunk<C>, valid - start), padded = round_up_to_group<C>(count);
-      GroupedChunk<C> chunk(chunk_of(logits + start, count, buffer), padded, buffer, logits + start + count,
-                            kGroup<C> * sizeof(Scalar));
+      const int64_t count = std::min(kChunk<C>, valid - start);
+      Chunk<Scalar> chunk(logits + start, count);
       for (; next < num_owned && owned[next].column < start + count; ++next) {
-        const int64_t local = owned[next].column - start;
-        chunk.lift(local / kGroup<C>)[local % kGroup<C>] = -std::numeric_limits<C>::infinity();
+        chunk.remove(owned[next].column - start);
       }
-      add_groups<C, kCompensated<Scalar>>(chunk, maximum<C>(chunk), temperature, &tail);
+      add_groups<kCompensated<Scalar>>(chunk, maximum(chunk), temperature, &tail);
       if (tail.poisoned) break;
     }
     Statistics total = tail;

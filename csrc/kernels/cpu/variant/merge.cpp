@@ -228,7 +228,7 @@ class Merger {
     std::fill(losers_.get() + count, losers_.get() + padded, lowest);
     const Groups<C> groups{losers_.get(), padded / kGroup<C>};
     Statistics rest;
-    add_groups<C, kCompensated<Score>>(groups, maximum<C>(groups), temperature, &rest);
+    add_groups<kCompensated<Score>>(groups, maximum(groups), temperature, &rest);
     tail.add(rest.max, rest.sum + rest.lost, 0, temperature);
   }
   int32_t last_id_at(OrderedOf<Score> bound, int64_t count) {

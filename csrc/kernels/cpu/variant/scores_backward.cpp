@@ -75,14 +75,14 @@ template <class Scalar, class C>
 OPD_INLINE int64_t run_in_registers(const Stream<C>& stream, const Scalar* logits, int64_t count, Scalar* grad) {
   if constexpr (kInRegisters<Scalar>) {
     if (!std::isfinite(stream.offset) || !std::isfinite(stream.slope)) return 0;
-    const auto gradient = [&](const Scalar* source) {
+    const auto gradient = [&](FloatVec z) {
       FloatVec exponent2;
-      const FloatVec e = exp_scaled_rough(load_floats(source), stream.scale, &exponent2);
-      return stream.gradient(e, exponent2);
+      const FloatVec e = exp_scaled_rough(z, stream.scale, &exponent2);
+      return e * (stream.offset + stream.slope * exponent2);
     };
     const int64_t whole = count / (2 * kLanes<C>)*(2 * kLanes<C>);
     for (int64_t i = 0; i < whole; i += 2 * kLanes<C>) {
-      store_floats(grad + i, gradient(logits + i), gradient(logits + i + kLanes<C>));
+      store_pair(grad + i, gradient(load_half(logits + i, 0)), gradient(load_half(logits + i, 1)));
     }
     return whole;
   }

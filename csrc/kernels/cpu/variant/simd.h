@@ -133,10 +133,31 @@ OPD_INLINE uint32_t greater_mask(DoubleVec a, DoubleVec b) {
 #endif
 }
 
-// b where either is NaN.
+// b where either is NaN. Written out: of `a > b ? a : b` on a value that was just computed the compiler makes a
+// comparison and a second, masked computation, six cycles of latency in place of one.
 template <class C>
 OPD_INLINE VecOf<C> max(VecOf<C> a, VecOf<C> b) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same<C, float>::value) {
+#if defined(__AVX512F__)
+    return (VecOf<C>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (VecOf<C>)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return (VecOf<C>)_mm_max_ps((__m128)a, (__m128)b);
+#endif
+  } else {
+#if defined(__AVX512F__)
+    return (VecOf<C>)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+    return (VecOf<C>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+    return (VecOf<C>)_mm_max_pd((__m128d)a, (__m128d)b);
+#endif
+  }
+#else
   return a > b ? a : b;
+#endif
 }
 
 // 2^f on |f| <= 0.503: 1 + f p(f), the polynomial of least relative error, 2.7e-9.

@@ -3,7 +3,7 @@
 // terms loses no digit. docs/math.md (5).
 #pragma once
 
-#include "kernels/cpu/variant/elements.h"
+#include "kernels/cpu/variant/chunk.h"
 
 namespace opd::cpu::OPD_CPU_VARIANT {
 
@@ -52,51 +52,64 @@ OPD_INLINE C largest_lane(VecOf<C> v) {
   return best;
 }
 
-template <class C>
-OPD_INLINE VecOf<C> group_maximum(const C* group, VecOf<C> best) {
-  for (int v = 0; v < 8; ++v) best = max<C>(load(group + v * kLanes<C>), best);
+template <class ManyGroups>
+OPD_INLINE VecOf<typename ManyGroups::C> group_maximum(const ManyGroups& groups, int64_t g,
+                                                       VecOf<typename ManyGroups::C> best) {
+  groups.visit(g, [&](const auto& read) {
+    for (int v = 0; v < 8; ++v) best = max<typename ManyGroups::C>(read(v), best);
+  });
   return best;
 }
 
 // NaN left out: it shows when the exponentials are summed.
-template <class C, class ManyGroups>
-OPD_INLINE C maximum(const ManyGroups& groups) {
+template <class ManyGroups>
+OPD_INLINE typename ManyGroups::C maximum(const ManyGroups& groups) {
+  using C = typename ManyGroups::C;
   VecOf<C> even = splat<C>(-std::numeric_limits<C>::infinity()), odd = even;
   int64_t g = 0;
   for (; g + 1 < groups.count(); g += 2) {
-    even = group_maximum<C>(groups[g], even);
-    odd = group_maximum<C>(groups[g + 1], odd);
+    even = group_maximum(groups, g, even);
+    odd = group_maximum(groups, g + 1, odd);
   }
-  if (g < groups.count()) even = group_maximum<C>(groups[g], even);
+  if (g < groups.count()) even = group_maximum(groups, g, even);
   return largest_lane<C>(max<C>(even, odd));
 }
 
-template <class C, bool kOffset, class ManyGroups>
-OPD_INLINE void sum_exponentials(const ManyGroups& groups, const ExponentScale<C>& scale, Statistics* total) {
+template <bool kOffset, class ManyGroups>
+OPD_INLINE void sum_exponentials(const ManyGroups& groups, const ExponentScale<typename ManyGroups::C>& scale,
+                                 Statistics* total) {
+  using C = typename ManyGroups::C;
   LaneSums<C> sums, weights;
   for (int64_t g = 0; g < groups.count(); ++g) {
-    const C* group = groups[g];
-    groups.prefetch_next(g);
-    VecOf<C> sum{}, weighted{};
-    for (int v = 0; v < 8; ++v) {
-      VecOf<C> exponent2;
-      const VecOf<C> e = exp_scaled<C, kOffset>(load(group + v * kLanes<C>), scale, &exponent2);
-      sum += e;
-      weighted += e * exponent2;
-    }
-    sums.add(sum);
-    weights.add(weighted);
+    groups.prefetch_after(g);
+    groups.visit(g, [&](const auto& read) {
+      VecOf<C> sum{}, weighted{};
+      for (int v = 0; v < 8; ++v) {
+        VecOf<C> exponent2;
+        const VecOf<C> e = exp_scaled<C, kOffset>(read(v), scale, &exponent2);
+        sum += e;
+        weighted += e * exponent2;
+      }
+      sums.add(sum);
+      weights.add(weighted);
+    });
   }
   total->add_to_sum(sums.total());
   total->weighted += weights.total() * kLn2;
 }
 
 // Adds groups of logits, absent ones -inf. largest: their maximum, NaN left out.
-template <class C, bool kCompensate, class ManyGroups>
+template <bool kCompensate, class ManyGroups>
 OPD_INLINE void add_groups(const ManyGroups& groups, double largest, double temperature, Statistics* total) {
+  using C = typename ManyGroups::C;
   if (largest == -kInf) {
     for (int64_t g = 0; g < groups.count(); ++g) {
-      for (int64_t i = 0; i < kGroup<C>; ++i) total->poisoned |= groups[g][i] != groups[g][i];
+      groups.visit(g, [&](const auto& read) {
+        for (int v = 0; v < 8; ++v) {
+          const VecOf<C> z = read(v);
+          for (int lane = 0; lane < kLanes<C>; ++lane) total->poisoned |= z[lane] != z[lane];
+        }
+      });
     }
     return;
   }
@@ -107,9 +120,9 @@ OPD_INLINE void add_groups(const ManyGroups& groups, double largest, double temp
   total->raise_max(largest, temperature);
   const ExponentScale<C> scale = exponent_scale<C>(total->max, temperature);
   if (kCompensate && scale.is_offset_small) {
-    sum_exponentials<C, kCompensate>(groups, scale, total);
+    sum_exponentials<kCompensate>(groups, scale, total);
   } else {
-    sum_exponentials<C, false>(groups, scale, total);
+    sum_exponentials<false>(groups, scale, total);
   }
   total->poisoned |= total->weighted != total->weighted;  // 0 x NaN is NaN
 }
@@ -122,7 +135,7 @@ OPD_INLINE void add_logits(int64_t count, const Get& get, double temperature, C*
     for (int64_t i = 0; i < part; ++i) buffer[i] = get(start + i);
     for (int64_t i = part; i < padded; ++i) buffer[i] = -std::numeric_limits<C>::infinity();
     const Groups<C> groups{buffer, padded / kGroup<C>};
-    add_groups<C, kCompensate>(groups, maximum<C>(groups), temperature, total);
+    add_groups<kCompensate>(groups, maximum(groups), temperature, total);
   }
 }
 

@@ -65,7 +65,7 @@ class TopkBuffer {
     const int64_t padded = round_up_to_group<C>(lost);
     std::fill(losers_.get() + lost, losers_.get() + padded, -std::numeric_limits<C>::infinity());
     const Groups<C> groups{losers_.get(), padded / kGroup<C>};
-    add_groups<C, kCompensate>(groups, maximum<C>(groups), temperature, rest);
+    add_groups<kCompensate>(groups, maximum(groups), temperature, rest);
     size_ = k_;
     floor_ = value_of(best.bound);
   }
@@ -78,6 +78,9 @@ class TopkBuffer {
   std::unique_ptr<C[]> losers_;
 };
 
+// Of the following row, asked for during pass 2: beside a row of 150,000 float32 it fits a second cache of 1 MiB.
+constexpr int64_t kAheadBytes = 256 << 10;
+
 // Vectors of running maxima in pass 1, a power of two: lane l of vector j holds the maximum of the columns that are
 // l + j lanes modulo the whole. 0 when the row is too short to gain from a floor.
 template <class C>
@@ -89,18 +92,18 @@ int64_t num_maxima_vectors(int64_t valid, int64_t k) {
 }
 
 // Strictly below the k-th largest logit, or -inf; NaN is left out.
-template <class Scalar, class C>
-C find_floor(const Scalar* logits, int64_t valid, int64_t k, int64_t vectors, C* buffer, VecOf<C>* maxima,
-             OrderedOf<C>* values) {
+template <class Scalar, class C = ComputeOf<Scalar>>
+C find_floor(const Scalar* logits, int64_t valid, int64_t k, int64_t vectors, VecOf<C>* maxima, OrderedOf<C>* values) {
   constexpr C kLowest = -std::numeric_limits<C>::infinity();
   std::fill(maxima, maxima + vectors, splat<C>(kLowest));
   int64_t slot = 0;
   for (int64_t start = 0; start < valid; start += kChunk<C>) {
-    const int64_t count = std::min(kChunk<C>, valid - start), padded = round_up_to_group<C>(count);
-    const C* chunk = chunk_of(logits + start, count, buffer);
-    for (int64_t i = 0; i < padded; i += kGroup<C>, slot += 8) {
+    const Chunk<Scalar> chunk(logits + start, std::min(kChunk<C>, valid - start));
+    for (int64_t g = 0; g < chunk.count(); ++g, slot += 8) {
       VecOf<C>* group = maxima + (slot & (vectors - 1));
-      for (int v = 0; v < 8; ++v) group[v] = max<C>(load(chunk + i + v * kLanes<C>), group[v]);
+      chunk.visit(g, [group](const auto& read) {
+        for (int v = 0; v < 8; ++v) group[v] = max<C>(read(v), group[v]);
+      });
     }
   }
   for (int64_t j = 0; j < vectors; ++j) {
@@ -129,32 +132,36 @@ void rows_of(const TopkPartialsParams& p, int64_t begin, int64_t end) {
     const Scalar* logits = row_pointer<Scalar>(p.logits, row);
     const double temperature = temperature_of(p.temperature, row);
     Statistics rest, total;
-    candidates.reset(vectors > 0 ? find_floor(logits, valid, p.k, vectors, buffer, maxima.get(), ordered_maxima.get())
+    candidates.reset(vectors > 0 ? find_floor<Scalar>(logits, valid, p.k, vectors, maxima.get(), ordered_maxima.get())
                                  : kLowest);
+    const Scalar* following = row + 1 < end ? row_pointer<Scalar>(p.logits, row + 1) : logits + valid;
+    const int64_t ahead_columns = row + 1 < end || p.goes_on ? kAheadBytes / static_cast<int64_t>(sizeof(Scalar)) : 0;
+    const int64_t ahead_from = std::max<int64_t>(valid - ahead_columns, 0);
     for (int64_t start = 0; start < valid && !rest.poisoned; start += kChunk<C>) {
-      const int64_t count = std::min(kChunk<C>, valid - start), padded = round_up_to_group<C>(count);
-      GroupedChunk<C> chunk(chunk_of(logits + start, count, buffer), padded, buffer, logits + start + count,
-                            kGroup<C> * sizeof(Scalar));
+      const int64_t count = std::min(kChunk<C>, valid - start);
+      const Scalar* ahead = start < ahead_from ? nullptr : following + (start - ahead_from);
+      Chunk<Scalar> chunk(logits + start, count, ahead);
       VecOf<C> rest_max = splat<C>(kLowest);
       for (int64_t g = 0; g < chunk.count(); ++g) {
-        VecOf<C> group_max = group_maximum<C>(chunk[g], splat<C>(kLowest));
+        VecOf<C> group_max = group_maximum(chunk, g, splat<C>(kLowest));
         if (p.k > 0 && greater_mask(group_max, splat<C>(candidates.floor())) != 0) {
-          C* group = chunk.lift(g);
-          for (int v = 0; v < 8; ++v) {
-            C* lanes = group + v * kLanes<C>;
-            const int64_t column = start + g * kGroup<C> + v * kLanes<C>;
-            uint32_t mask = greater_mask(load(lanes), splat<C>(candidates.floor()));
-            for (; mask != 0; mask &= mask - 1) {
+          alignas(64) C storage[kGroup<C>];
+          const C* in_order = chunk.in_order(g, storage);
+          group_max = splat<C>(kLowest);
+          for (int64_t v = 0; v < kGroup<C>; v += kLanes<C>) {
+            const VecOf<C> lanes = load(in_order + v), floor = splat<C>(candidates.floor());
+            group_max = max<C>(lanes > floor ? splat<C>(kLowest) : lanes, group_max);
+            for (uint32_t mask = greater_mask(lanes, floor); mask != 0; mask &= mask - 1) {
               const int lane = __builtin_ctz(mask);
-              candidates.template add<kCompensate>(lanes[lane], column + lane, temperature, &rest);
-              lanes[lane] = kLowest;
+              const int64_t column = g * kGroup<C> + v + lane;
+              candidates.template add<kCompensate>(lanes[lane], start + column, temperature, &rest);
+              chunk.remove(column);
             }
           }
-          group_max = group_maximum<C>(group, splat<C>(kLowest));
         }
         rest_max = max<C>(group_max, rest_max);
       }
-      add_groups<C, kCompensate>(chunk, largest_lane<C>(rest_max), temperature, &rest);
+      add_groups<kCompensate>(chunk, largest_lane<C>(rest_max), temperature, &rest);
     }
 
     int32_t* packed = p.packed + row * p.packed_words;
