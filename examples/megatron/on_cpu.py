@@ -7,6 +7,7 @@ TransformerEngine's attention and stay out of reach.
 
 import contextlib
 import functools
+import logging
 
 import torch
 
@@ -34,15 +35,19 @@ def install() -> bool:
     import megatron.core.dist_checkpointing
     import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.models.gpt.gpt_model
-    import megatron.core.optimizer  # noqa: F401
+    import megatron.core.optimizer
+    import megatron.core.tensor_parallel.random
 
-    # `with torch.device("meta")`, which transformers loads under, knows the factories by identity from its first use on.
+    # `with torch.device("meta")`, which transformers loads under, knows the factories by identity from its first use.
     torch.utils._device._device_constructors()
     cpu, cuda, generator = torch.device("cpu"), torch.cuda, torch.default_generator
     cuda.current_device = lambda: cpu
     cuda.synchronize = cuda.set_device = lambda *args, **kwargs: None
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: generator.get_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: generator.set_state(state)
+    # The trackers of tensor-parallel generators set a state when CUDA begins, which is never here.
+    megatron.core.tensor_parallel.random._set_cuda_rng_state = lambda state, *args, **kwargs: generator.set_state(state)
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)  # "CPU RNG state changed"
     cuda.manual_seed = cuda.random.manual_seed = lambda seed: generator.manual_seed(int(seed))
     cuda.Stream, cuda.stream = _Stream, lambda stream: contextlib.nullcontext()
     cuda.current_stream = cuda.default_stream = lambda *args: _Stream()

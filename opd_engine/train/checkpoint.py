@@ -123,14 +123,16 @@ def _remove(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _reason(error: BaseException) -> BaseException:
-    """The operating system's own words where the error came from them."""
+def _reason(error: BaseException, directory: Path) -> str:
+    """The operating system's own words where the error came from them, else the last line and how full the disk is."""
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError):
-            return link
+            return str(link)
         link = link.__cause__ or link.__context__
-    return error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    free_mib = shutil.disk_usage(directory).free / 2**20
+    return f"{lines[-1] if lines else type(error).__name__} ({free_mib:,.0f} MiB are free there)"
 
 
 def save_checkpoint(
@@ -172,7 +174,9 @@ def told_as_checkpoint_error(directory: Path, step: int) -> Iterator[None]:
     """Around writing: any error becomes a CheckpointError that says why, and which checkpoint is still whole."""
     try:
         yield
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # torch's distributed checkpoints raise what is no Exception
         whole = list_checkpoints(directory)
         kept = (
             f"the previous one, {whole[-1][1]}, is whole: make room and give the same command again"
@@ -181,7 +185,7 @@ def told_as_checkpoint_error(directory: Path, step: int) -> Iterator[None]:
         )
         target = checkpoint_folder(directory, step)
         raise CheckpointError(
-            f"cannot write the checkpoint of step {step} to {target}: {_reason(error)}; {kept}"
+            f"cannot write the checkpoint of step {step} to {target}: {_reason(error, directory)}; {kept}"
         ) from error
 
 

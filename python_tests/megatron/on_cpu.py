@@ -6,6 +6,7 @@ context-parallel batches need. All process-global: a test calls it in the proces
 """
 
 import contextlib
+import logging
 from itertools import pairwise
 
 import torch
@@ -46,7 +47,22 @@ def install() -> None:
         return name.replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.type = named_as_on_cuda
+    _let_trackers_set_generators()
     _let_norms_be_sequence_parallel()
+
+
+def _let_trackers_set_generators() -> None:
+    """Megatron sets a generator when CUDA begins, which is never here: tensor-parallel ranks would drop out different
+    activations where they must drop the same, and nothing but a gradient would tell.
+    """
+    from megatron.core.tensor_parallel import random
+
+    cuda, generator = torch.cuda, torch.default_generator
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: generator.get_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: generator.set_state(state)
+    cuda.manual_seed = cuda.random.manual_seed = lambda seed: generator.manual_seed(int(seed))
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: generator.set_state(state)
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)  # "CPU RNG state changed": it is the same one here
 
 
 def _let_norms_be_sequence_parallel() -> None:

@@ -119,6 +119,8 @@ def read_checkpoint(actor: MegatronActor, weights: WeightStore, directory: Path,
     actor.walk.language_model.load_state_dict(found["model"])
     _load_optimizer(actor.optimizer, found["optimizer"])
     if actor.scheduler is not None:
+        if hasattr(actor.scheduler, "num_steps"):
+            actor.scheduler.num_steps = 0  # Megatron's adds what it loads to what it has
         actor.scheduler.load_state_dict(common["scheduler"])
     weights.accept_live()
     for tag, tensors in found.get("copies", {}).items():
