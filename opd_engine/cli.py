@@ -48,6 +48,13 @@ def _train_parser(commands) -> None:
     parser.add_argument(
         "--teacher", action="append", metavar="NAME=DIR", help="a teacher and its folder; repeat for several"
     )
+    parser.add_argument(
+        "--dry-run",
+        type=int,
+        metavar="RANKS",
+        help="print the memory plan of a megatron run on so many ranks, and do nothing; models may be folders with a "
+        "config.json or names such as qwen3-8b",
+    )
     add_flags(parser, all_settings())
     parser.set_defaults(run=_run_train)
 
@@ -62,6 +69,11 @@ def _run_train(options: argparse.Namespace, unknown: Sequence[str]) -> int:
         apply_toml(config, read_toml(options.config), options.config)
     apply_flags(config, options)
     config.validate()
+    if options.dry_run is not None:
+        from opd_engine.train.memory import dry_run
+
+        print(dry_run(config, options.dry_run))
+        return 0
 
     if config.run.backend == "megatron":
         from opd_engine.train.megatron import run

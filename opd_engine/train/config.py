@@ -62,6 +62,12 @@ class RunConfig:
         unit="bytes",
         min=0,
     )
+    recompute: str = _field(
+        "none",
+        "megatron: what the backward computes again instead of keeping: attention's scores (selective), or all of a "
+        "layer but its input (full)",
+        choices=("none", "selective", "full"),
+    )
     resume: bool = _field(False, "only continue: refuse to begin a run where output_dir holds none")
     overwrite: bool = _field(
         False, "begin anew where output_dir already holds a run, which is then lost; else the same command continues it"
@@ -244,6 +250,11 @@ class TrainConfig:
             raise ConfigError(
                 f'run.workspace_bytes: wanted 0 for run.backend = "hf", got {self.run.workspace_bytes}; only the '
                 "megatron backend computes the LM head in chunks"
+            )
+        if self.run.backend == "hf" and self.run.recompute != "none":
+            raise ConfigError(
+                f'run.recompute: wanted none for run.backend = "hf", got {self.run.recompute}; only the megatron '
+                "backend recomputes"
             )
         for key in ("pp", "cp"):
             if self.run.backend == "hf" and getattr(self.run, key) != 1:

@@ -22,7 +22,7 @@ from opd_engine.distillation.step import ScoredRollouts, row_divergences
 from opd_engine.integrations.hf.models import load_tokenizer, token_to_id, torch_dtype
 from opd_engine.integrations.megatron import BatchLayout, MegatronActor, MegatronScorer
 from opd_engine.integrations.megatron.checkpoint import read_checkpoint
-from opd_engine.integrations.megatron.gpt import build_gpt
+from opd_engine.integrations.megatron.gpt import RECOMPUTE, build_gpt
 from opd_engine.integrations.megatron.gpt_shape import GPTShape
 from opd_engine.integrations.megatron.loading import check_checkpoint, load_module, load_set
 from opd_engine.integrations.megatron.rollout import generate
@@ -37,6 +37,7 @@ from opd_engine.train.config import TrainConfig
 from opd_engine.train.experiment import prepare
 from opd_engine.train.journal import METRICS_FILE, Journal, read_metrics
 from opd_engine.train.megatron_checkpoints import MegatronCheckpoints
+from opd_engine.train.memory import RunMemory
 from opd_engine.train.plots import draw_plots
 from opd_engine.train.pretrain import learning_rate_factor
 from opd_engine.train.progress import Progress
@@ -95,6 +96,15 @@ class MegatronTrainer:
         tasks = {prompt.task for prompt in (*self.experiment.train, *self.experiment.evaluation)}
         config.opd.tasks = config.opd.tasks or tuple(sorted(tasks))
         self._check_folders()
+        self.memory = RunMemory(
+            config,
+            self.experiment.student,
+            self.experiment.teachers,
+            world_size=world.world_size,
+            stage=self.groups.pp.rank(),
+            device=world.device,
+            shown=world.is_main and not config.run.quiet,
+        )
         self._load_models()
         self.cursor = PromptCursor(self.experiment.train, config.data.mixing, config.run.seed)
         self.generator = torch.Generator().manual_seed(config.run.seed)
@@ -141,7 +151,7 @@ class MegatronTrainer:
             packed=False, max_seqs=config.optimizer.micro_batch or None, max_tokens=config.opd.score_batch_tokens
         )
         shape = GPTShape.read(self.experiment.student, argument="student")
-        module = build_gpt(shape, groups, dtype=dtype)
+        module = build_gpt(shape, groups, dtype=dtype, **RECOMPUTE[config.run.recompute])
         load_module(module, self.experiment.student, groups, argument="student")
         module.to(self.world.device)
         options = config.optimizer
@@ -214,6 +224,7 @@ class MegatronTrainer:
 
     def step(self) -> dict[str, float]:
         """Fresh rollouts by the student as it is, their scores, and the optimizer steps that use them."""
+        self.memory.look()
         config, phases = self.config, Phases(self.world.device, self.progress.phase)
         drawn = self.cursor.draw(config.rollout.prompts)
         prompts = [prompt for prompt in drawn for _ in range(config.rollout.samples)]
@@ -356,7 +367,9 @@ class MegatronTrainer:
             "journal_bytes": 0 if self.journal is None else self.journal.sync(),
             "seconds": self._seconds(),
         }
+        self.memory.look()
         self.checkpoints.save(self.step_number, {"rollout_generator": self.generator.get_state()}, values)
+        self.memory.saved()
 
     def _restore(self, checkpoint: Path) -> int:
         """Everything from the checkpoint; returns the size metrics.jsonl had."""
@@ -376,6 +389,7 @@ class MegatronTrainer:
         return values["journal_bytes"]
 
     def _finish(self) -> dict[str, Any]:
+        memory = self.memory.over_ranks(self.world.group)
         if self.journal is None:
             return {}
         self.journal.sync()
@@ -383,6 +397,7 @@ class MegatronTrainer:
         draw_plots(self.directory, self.config.opd.divergence, self.teacher_values)
         records = read_metrics(self.directory / METRICS_FILE)
         summary = make_summary(self.config, records, self.teacher_values, self._seconds())
+        summary["memory"] = memory
         write_text(self.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         return summary
 

@@ -79,6 +79,13 @@ def describe(summary: Mapping[str, Any], directory: str) -> str:
         for name, values in summary.get(key, {}).items():
             teacher = f" (teacher {values['teacher']:.3f})" if "teacher" in values else ""
             lines.append(f"{name}: {key} {values['before']:.4g} -> {values['after']:.4g}{teacher}")
+    if summary.get("memory"):
+        fullest = max(summary["memory"], key=lambda rank: rank["measured_bytes"])
+        planned, measured = fullest["planned_bytes"] / 2**30, fullest["measured_bytes"] / 2**30
+        lines.append(
+            f"memory of the fullest rank while training: {measured:.2f} GiB measured, {planned:.2f} planned "
+            f"({planned / measured - 1:+.0%})"
+        )
     lines.append(
         f"{summary['steps']} steps, {summary['seconds']:.0f} s; {directory}/{SUMMARY_FILE} and plots beside it"
     )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from opd_engine.integrations.megatron.gpt_shape import GPTShape
-from opd_engine.integrations.megatron.loading import check_distributed_checkpoint, read_index
+from opd_engine.integrations.megatron.loading import TOKEN_MAP, check_distributed_checkpoint, read_index
 from opd_engine.integrations.megatron.safetensors_stream import SafetensorsFolder, SafetensorsWriter, raw_bytes
 from opd_engine.integrations.megatron.weight_map import (
     Piece,
@@ -38,7 +38,7 @@ HASHES = "tensor_hashes.json"
 """In a converted checkpoint: {"tensors": {name in the Hugging Face folder: SHA-256 of its bytes}}."""
 _IGNORED = ("rotary_emb.inv_freq", "self_attn.rotary_emb.inv_freq")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".distcp", ".gguf")
-_NOT_ABOUT_THE_MODEL = (HASHES, "metadata.json", ".metadata")
+_NOT_ABOUT_THE_MODEL = (HASHES, TOKEN_MAP, "metadata.json", ".metadata")
 _TEXT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 _MOVED = Callable[[str, int], None]
 

@@ -26,6 +26,14 @@ def check_divides(shape: GPTShape, *, tp: int, pp: int) -> None:
             raise ValueError(f"run: wanted {name} that divide by {size} ranks, got {count}")
 
 
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""Options of build_gpt by what the backward computes again: nothing, attention's scores, all but each layer's input."""
+
+
 def build_gpt(
     shape: GPTShape, groups: MegatronGroups, *, dtype: torch.dtype = torch.float32, **options: Any
 ) -> torch.nn.Module:
