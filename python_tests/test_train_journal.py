@@ -74,16 +74,22 @@ def test_completions_are_drawn_from_the_models_distribution_whatever_else_is_in_
     scorer, count = Table(), 4000
     uniforms = torch.rand(count, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     prompts = [[number % 6] for number in range(count)]
-    tokens, log_probs, finished = generate(
-        scorer, prompts, max_new_tokens=3, end_ids=(5,), temperature=0.7, uniforms=uniforms
+    tokens, log_probs, finished, tops = generate(
+        scorer, prompts, max_new_tokens=3, end_ids=(5,), temperature=0.7, uniforms=uniforms, top_logprobs=2
     )
     log_q = (scorer.logits.double() / 0.7).log_softmax(1)
-    drawn = torch.zeros(6, 6, dtype=torch.float64)
+    drawn, seen = torch.zeros(6, 6, dtype=torch.float64), []
     for prompt, ids, log_prob, done in zip(prompts, tokens, log_probs, finished):
         assert done == (ids[-1] == 5) and 5 not in ids[:-1] and (done or len(ids) == 3)
         before = prompt + ids
         assert log_prob == pytest.approx([log_q[a, b].item() for a, b in zip(before, ids)])
+        for row, top in zip(before, tops[len(seen)]):
+            values, likeliest = log_q[row].topk(2)
+            assert [token for _, token in top] == likeliest.tolist()
+            assert [value for value, _ in top] == pytest.approx(values.tolist())
+        seen.append(len(tops[len(seen)]) == len(ids))
         drawn[prompt[0], ids[0]] += 1
+    assert all(seen) and len(seen) == count
     frequencies = drawn / drawn.sum(1, keepdim=True)
     assert float((frequencies - log_q.exp()).abs().max()) < 0.05
     half = list(range(1, count, 2))

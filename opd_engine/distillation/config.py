@@ -118,11 +118,6 @@ class OPDConfig:
     )
 
     @property
-    def needs_student_pass(self) -> bool:
-        """Whether the old policy's top-k is part of the support."""
-        return self.support in ("student", "union") and not self.keep_teacher_hidden
-
-    @property
     def needs_student_target(self) -> bool:
         """Whether the loss needs the student's log-prob of the sampled token."""
         return self.state_weight_cap is not None or self.loss_type == "advantage" or self.policy_coefficient > 0

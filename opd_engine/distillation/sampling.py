@@ -22,6 +22,16 @@ def draw(log_probs: Tensor, uniforms: Tensor, *, top_k: int = 0, top_p: float = 
     return drawn[:, 0].clamp_(max=log_probs.shape[-1] - 1)
 
 
+def likeliest(log_probs: Tensor, k: int) -> list[list[tuple[float, int]]]:
+    """Each row's k likeliest tokens as rollout engines answer them: (log-prob, id), likeliest first.
+
+    log_probs: [rows, vocab_size]
+    """
+    top = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
+    rows = zip(top.values.clamp(max=0.0).tolist(), top.indices.tolist(), strict=True)
+    return [list(zip(values, ids, strict=True)) for values, ids in rows]
+
+
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raises: ValueError for a setting out of range, by name."""
     if not (temperature >= 0.0 and temperature != float("inf")):

@@ -109,6 +109,12 @@ class RolloutConfig:
     temperature: float = _field(1.0, "of sampling; 0 is greedy", min=0.0)
     top_k: int = _field(0, "sample among the k likeliest only, 0 is off; on policy means off", min=0)
     top_p: float = _field(1.0, "sample within the smallest set of this mass, 1 is off; on policy means off", max=1.0)
+    top_logprobs: int = _field(
+        0,
+        'likeliest ids returned with each token; opd.support = "rollout" compares them, and the student makes no pass '
+        "before it trains. 0: the sampled token alone",
+        min=0,
+    )
     batch_size: int = _field(512, "completions written at a time", min=1)
 
 
@@ -262,6 +268,11 @@ class TrainConfig:
                     f'run.{key}: wanted 1 for run.backend = "hf", got {getattr(self.run, key)}; '
                     "only the megatron backend splits layers or sequences"
                 )
+        if self.rollout.top_logprobs and self.opd.support != "rollout":
+            raise ConfigError(
+                f'rollout.top_logprobs: wanted 0 for opd.support = "{self.opd.support}", got '
+                f'{self.rollout.top_logprobs}; only opd.support = "rollout" reads them'
+            )
         if not 0.0 < self.rollout.top_p <= 1.0:
             raise ConfigError(f"rollout.top_p: wanted above 0 and at most 1, got {self.rollout.top_p}")
         cut = [key for key, off in (("top_k", 0), ("top_p", 1.0)) if getattr(self.rollout, key) != off]

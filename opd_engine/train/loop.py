@@ -208,6 +208,7 @@ class Trainer:
             [prompt.token_ids for prompt in prompts],
             completions.tokens,
             response_log_probs=completions.log_probs,
+            response_top_logprobs=completions.top_log_probs,
             teacher_names=[prompt.teacher for prompt in prompts],
             task_names=[prompt.task for prompt in prompts],
             rollout_ids=[index // config.rollout.samples for index in range(len(prompts))],

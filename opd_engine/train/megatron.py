@@ -233,7 +233,7 @@ class MegatronTrainer:
         )
         own = list(range(self.groups.dp.rank(), len(prompts), self.groups.dp.size()))
         with phases.phase("rollout"), self.weights.publishing():
-            tokens, log_probs, finished = generate(
+            tokens, log_probs, finished, tops = generate(
                 self.actor.student,
                 [prompts[index].token_ids for index in own],
                 max_new_tokens=config.rollout.max_new_tokens,
@@ -242,11 +242,13 @@ class MegatronTrainer:
                 top_k=config.rollout.top_k,
                 top_p=config.rollout.top_p,
                 uniforms=uniforms[own],
+                top_logprobs=config.rollout.top_logprobs,
             )
         batch = pack_rollouts(
             [prompts[index].token_ids for index in own],
             tokens,
             response_log_probs=log_probs,
+            response_top_logprobs=tops,
             teacher_names=[prompts[index].teacher for index in own],
             task_names=[prompts[index].task for index in own],
             sample_ids=own,
@@ -331,7 +333,7 @@ class MegatronTrainer:
             if not prompts:
                 continue
             own = prompts[self.groups.dp.rank() :: self.groups.dp.size()]
-            tokens, _, _ = generate(
+            tokens, *_ = generate(
                 scorer,
                 [prompt.token_ids for prompt in own],
                 max_new_tokens=self.config.rollout.max_new_tokens,

@@ -153,6 +153,34 @@ def test_a_broken_teacher_is_refused_before_training(summaries, folder, what, wo
     assert not (folder / f"run {what}" / "metrics.jsonl").exists()
 
 
+def test_options_of_the_head_change_nothing_and_rewards_weigh(summaries, folder):
+    """Two steps on labelled prompts, rollouts cut to the likeliest tokens; then without a pass before training."""
+    models = {kind: next((folder / "cache").glob(f"{kind}-*")) for kind in ("student", "teacher_add")}
+    lines = [{"prompt": f"{a:02d}+{b:02d}=", "label": f"{a + b:03d}"[::-1]} for a in range(8) for b in range(20, 25)]
+    prompts = folder / "labelled.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = ["--tp", "2", "--student.path", str(models["student"]), "--teacher", f"add={models['teacher_add']}"]
+    common += ["--data.task", "prompts", "--data.prompts", str(prompts), "--optimizer.steps", "2", "--eval.every", "2"]
+    common += ["--opd.reward_beta", "0.5", "--rollout.top_k", "3", "--rollout.top_p", "0.95"]
+    common += ["--opd.measure_overlap", "false", "--rollout.prompts", "32"]
+    options = {
+        "plain": [],
+        "kept": ["--opd.keep_teacher_hidden", "true", "--run.workspace_bytes", "4096"],
+        "engine": ["--opd.support", "rollout", "--rollout.top_logprobs", "8"],
+    }
+    found = {}
+    for name, more in options.items():
+        ran = launched(folder, f"options {name}", 2, *common, *more)
+        assert ran.returncode == 0, ran.stderr[-4000:]
+        records = read_metrics(folder / f"options {name}" / "metrics.jsonl")
+        found[name] = [record for record in records if record["kind"] == "train"]
+    for plain, kept, engine in zip(found["plain"], found["kept"], found["engine"], strict=True):
+        for key in ("loss", "divergence", "grad_norm", "student_support_mass", "teacher_tail_mass"):
+            assert kept[key] == pytest.approx(plain[key], rel=1e-4), key
+            assert engine[key] == pytest.approx(plain[key], rel=1e-4), key
+        assert abs(plain["loss"] / plain["divergence"] - 1) > 1e-3  # unweighted, the two are one number
+
+
 def test_a_killed_rank_ends_the_job_with_a_message(folder):
     """Without a launcher that would end the others: they notice by themselves."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}

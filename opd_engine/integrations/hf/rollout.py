@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from opd_engine.distillation.sampling import check_sampling, draw
+from opd_engine.distillation.sampling import check_sampling, draw, likeliest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,11 +28,13 @@ class Completions:
     log_probs: per sequence, log q of each generated id at the sampling temperature over the whole vocabulary
         (before top_k and top_p), float32.
     finished: per sequence, whether it stopped at an end token rather than at max_new_tokens.
+    top_log_probs: per sequence and token the likeliest (log-prob, id), or None where none were asked for.
     """
 
     tokens: list[list[int]]
     log_probs: list[list[float]]
     finished: list[bool]
+    top_log_probs: list[list[list[tuple[float, int]]]] | None = None
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -66,6 +68,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    top_logprobs: int = 0,
 ) -> Completions:
     """Samples one completion a prompt; prompts of any lengths are left-padded and masked.
 
@@ -74,6 +77,7 @@ def generate(
     temperature: finite, >= 0; 0 takes the most likely id (the lowest of equals).
     top_k, top_p: keep only the k likeliest ids, or the smallest set of that mass; 0 and 1 switch them off.
     generator: of the CPU; the same state gives the same samples at a fixed thread count. None is torch's default.
+    top_logprobs: how many of the likeliest ids to return with each token.
     Returns: Completions, in the order of the prompts.
     Raises: ValueError for an empty prompt or a setting out of range.
     Mutates: nothing; the model's train or eval mode is restored.
@@ -84,8 +88,8 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        tokens, log_probs, lengths, finished = _decode(
-            model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k, top_p, generator
+        tokens, log_probs, lengths, finished, tops = _decode(
+            model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k, top_p, generator, top_logprobs
         )
     finally:
         model.train(was_training)
@@ -93,10 +97,12 @@ def generate(
         tokens=[row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)],
         log_probs=[row[:length] for row, length in zip(log_probs.tolist(), lengths, strict=True)],
         finished=finished.tolist(),
+        # Written step by step, wanted sequence by sequence.
+        top_log_probs=[[step[row] for step in tops[:n]] for row, n in enumerate(lengths)] if top_logprobs else None,
     )
 
 
-def _decode(model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k, top_p, generator):
+def _decode(model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k, top_p, generator, top_logprobs):
     device = next(model.parameters()).device
     keep_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     input_ids, attention_mask = _left_pad(prompts, pad_id, device)
@@ -104,7 +110,7 @@ def _decode(model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k,
     ends = torch.tensor(sorted(end_ids), dtype=torch.int64, device=device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
-    tokens, log_probs, cache = [], [], None
+    tokens, log_probs, tops, cache = [], [], [], None
     for step in range(max_new_tokens):
         output = model(
             input_ids=input_ids,
@@ -126,6 +132,8 @@ def _decode(model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k,
             chosen = draw(row_log_probs, uniforms, top_k=top_k, top_p=top_p)
         log_probs.append(row_log_probs.gather(1, chosen[:, None])[:, 0])
         tokens.append(chosen)
+        if top_logprobs:
+            tops.append(likeliest(row_log_probs, top_logprobs))
         lengths += (~finished).long()
         finished = finished | torch.isin(chosen, ends)
         if bool(finished.all()) or step + 1 == max_new_tokens:
@@ -133,4 +141,4 @@ def _decode(model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k,
         input_ids = chosen.where(~finished, torch.full_like(chosen, pad_id))[:, None]
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(prompts), 1)], dim=1)
         position_ids = position_ids[:, -1:] + 1
-    return torch.stack(tokens, 1).cpu(), torch.stack(log_probs, 1).cpu(), lengths.tolist(), finished.cpu()
+    return torch.stack(tokens, 1).cpu(), torch.stack(log_probs, 1).cpu(), lengths.tolist(), finished.cpu(), tops

@@ -7,12 +7,28 @@ and the step alone, so that the same rollouts come out however samples and weigh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from opd_engine.distillation.rollout import pack_rollouts
-from opd_engine.distillation.sampling import check_sampling, draw
+from opd_engine.distillation.sampling import check_sampling, draw, likeliest
 from opd_engine.integrations.megatron.scorer import MegatronScorer
+
+
+class Written(NamedTuple):
+    """What a model wrote after each prompt.
+
+    tokens: per prompt the ids, the end token included
+    log_probs: theirs at the temperature, over the whole vocabulary (before top_k and top_p)
+    finished: per prompt, whether it ended
+    top_log_probs: per prompt and token the likeliest (log-prob, id), or None where none were asked for
+    """
+
+    tokens: list[list[int]]
+    log_probs: list[list[float]]
+    finished: list[bool]
+    top_log_probs: list[list[list[tuple[float, int]]]] | None = None
 
 
 def generate(
@@ -25,16 +41,16 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     uniforms: Tensor | None = None,
-) -> tuple[list[list[int]], list[list[float]], list[bool]]:
+    top_logprobs: int = 0,
+) -> Written:
     """One completion a prompt. Every tensor, context and pipeline rank of a data-parallel index calls alike.
 
     scorer: the student's, or a teacher's
     temperature: 0 takes the likeliest token (the lowest id among equals)
     top_k, top_p: sample among the k likeliest ids only, or within the smallest set of that mass; 0 and 1 are off
     uniforms: [prompts, max_new_tokens] float64 in [0, 1), what is drawn with; not read at temperature 0
+    top_logprobs: how many of the likeliest ids to return with each token
 
-    Returns: per prompt the ids (the end token included), their log-probs at the temperature over the whole vocabulary
-        (before top_k and top_p), and whether it ended.
     Raises: ValueError for a setting out of range, and for sampling without a number a token.
     Communicates: as MegatronScorer.next_token_logits, max_new_tokens times.
     """
@@ -44,6 +60,7 @@ def generate(
         raise ValueError(f"uniforms: wanted [{len(prompts)}, {max_new_tokens}] to sample, got {got}")
     tokens: list[list[int]] = [[] for _ in prompts]
     log_probs: list[list[float]] = [[] for _ in prompts]
+    tops: list[list[list[tuple[float, int]]]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
     for place in range(max_new_tokens):
         going = [index for index, done in enumerate(finished) if not done]
@@ -56,9 +73,11 @@ def generate(
             drawn = logits.argmax(1)
         else:
             drawn = draw(log_q, uniforms[going, place], top_k=top_k, top_p=top_p)
+        for index, top in zip(going, likeliest(log_q, top_logprobs) if top_logprobs else ()):
+            tops[index].append(top)
         chosen = log_q.gather(1, drawn[:, None]).squeeze(1).tolist()
         for index, token, log_prob in zip(going, drawn.tolist(), chosen):
             tokens[index].append(token)
             log_probs[index].append(min(log_prob, 0.0))
             finished[index] = token in end_ids
-    return tokens, log_probs, finished
+    return Written(tokens, log_probs, finished, tops if top_logprobs else None)
