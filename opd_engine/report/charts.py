@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 640.0, 300.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 66.0, 14.0, 12.0, 46.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66.0, 20.0, 12.0, 46.0
 _LEGEND_ROW, _LETTER = 20.0, 6.7  # pixels of the legend's text at its size of 12
 _DRAWN = 160  # points of a line; longer ones are drawn as the mean and the range of as many buckets
 _MARKS = 7  # marks on a line of many points
