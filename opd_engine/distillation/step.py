@@ -25,8 +25,8 @@ from opd_engine.distillation.off_policy import state_weights
 from opd_engine.distillation.policy import policy_losses
 from opd_engine.distillation.reductions import Denominators
 from opd_engine.distillation.rollout import RolloutBatch
+from opd_engine.distillation.row_losses import advantage_losses, divergence_losses, only_live
 from opd_engine.distillation.support import put_supports, scoring_batches
-from opd_engine.functional.losses import distill_loss
 from opd_engine.functional.scores import gather_log_probs, topk_log_probs
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.parallel.vocab import VocabShard
@@ -265,15 +265,15 @@ def distillation_loss_of_scores(
     live = row_weights > 0
     next_tokens = batch.next_tokens().to(device)
     indices = student.indices.flatten(0, -2)
-    student = _only_live(student, indices, live)
+    student = only_live(student, indices, live)
     if members is None:
         members, weights = load_members(batch, scored.cache, scored.teachers, scored.mixture, indices)
     else:
         weights = scored.teachers.route(batch, scored.mixture).to(device)
     if config.loss_type == "advantage":
-        losses, divergences = _advantage_losses(student, members, weights, batch, config)
+        losses, divergences = advantage_losses(student, members, weights, batch, config)
     else:
-        losses, divergences = _divergence_losses(student, members, weights, config)
+        losses, divergences = divergence_losses(student, members, weights, config)
     total = row_weights
     reached = torch.ones_like(row_weights)
     if config.state_weight_cap is not None:
@@ -319,11 +319,11 @@ def row_divergences(student: Teacher, batch: RolloutBatch, scored: ScoredRollout
     target = batch.next_tokens().masked_fill(~batch.loss_mask, -1) if config.needs_student_target else None
     own = student.score(batch, ids, target=target, temperature=config.temperature).to("cpu")
     members, weights = load_members(batch, scored.cache, scored.teachers, scored.mixture, ids)
-    own = _only_live(own, ids, batch.loss_mask)
+    own = only_live(own, ids, batch.loss_mask)
     if config.loss_type == "advantage":
-        _, divergences = _advantage_losses(own, members, weights, batch, config)
+        _, divergences = advantage_losses(own, members, weights, batch, config)
     else:
-        _, divergences = _divergence_losses(own, members, weights, config)
+        _, divergences = divergence_losses(own, members, weights, config)
     return torch.where(batch.loss_mask, divergences[0].double().cpu(), nothing)
 
 
@@ -354,83 +354,3 @@ def _sums_by_group(
     for group, (total, count) in scored.overlaps(batch).items():
         sums[f"topk_overlap/{group}"], sums[f"topk_overlap_rows/{group}"] = total, float(count)
     return sums
-
-
-def _only_live(scores: TokenScores, indices: Tensor, live: Tensor) -> TokenScores:
-    """Flat scores whose other rows are constants, so that nothing flows back to them, whatever the loss there is.
-
-    A loss masked afterwards would not do for a user's own divergence: its backward multiplies by what it read, and
-    0 x NaN is NaN.
-    """
-
-    def flat(value: Tensor | None, fill: float) -> Tensor | None:
-        return None if value is None else torch.where(live, value.reshape(-1), fill)
-
-    return TokenScores(
-        indices=indices,
-        log_probs=torch.where(live.unsqueeze(1), scores.log_probs.reshape(indices.shape), -torch.inf),
-        tail_log_prob=flat(scores.tail_log_prob, 0.0),
-        lse=flat(scores.lse, 0.0),
-        entropy=flat(scores.entropy, 0.0),
-        target_log_prob=flat(scores.target_log_prob, 0.0),
-    )
-
-
-def _divergence_losses(
-    student: TokenScores, members: list[TokenScores], weights: Tensor, config: OPDConfig
-) -> tuple[Tensor, list[Tensor]]:
-    """Loss per row, and [that of the combined teacher, then each teacher's own, if there are several]."""
-
-    def divergence(teacher: TokenScores, of: TokenScores = student) -> Tensor:
-        return distill_loss(
-            of,
-            teacher,
-            divergence=config.divergence,
-            beta=config.beta,
-            alpha=config.alpha,
-            tail=config.tail,
-            teacher_log_prob_min=config.teacher_log_prob_min,
-        )
-
-    if len(members) == 1:
-        losses = divergence(members[0])
-        return losses, [losses.detach()]
-    frozen = dataclasses.replace(
-        student, log_probs=student.log_probs.detach(), tail_log_prob=student.tail_log_prob.detach()
-    )
-    # A teacher without weight in a row may hold NaN there: the student itself stands in, at divergence zero.
-    members = [_stand_in(member, frozen, weights[position] > 0) for position, member in enumerate(members)]
-    if config.mixture != "loss_sum":
-        losses = divergence(one_teacher(members, weights, config.mixture))
-        with torch.no_grad():
-            return losses, [losses.detach(), *(divergence(member, frozen) for member in members)]
-    shares = (weights / weights.sum(0)).nan_to_num(nan=0.0)
-    parts = [divergence(member) for member in members]
-    losses = sum(torch.where(share > 0, part.double() * share, 0.0) for part, share in zip(parts, shares))
-    return losses, [losses.detach(), *(part.detach() for part in parts)]
-
-
-def _stand_in(teacher: TokenScores, student: TokenScores, rows: Tensor) -> TokenScores:
-    """The teacher on `rows`, the student elsewhere."""
-    return TokenScores(
-        indices=teacher.indices,
-        log_probs=torch.where(rows.unsqueeze(1), teacher.log_probs, student.log_probs.to(teacher.log_probs.dtype)),
-        tail_log_prob=torch.where(rows, teacher.tail_log_prob, student.tail_log_prob.to(teacher.log_probs.dtype)),
-    )
-
-
-def _advantage_losses(
-    student: TokenScores, members: list[TokenScores], weights: Tensor, batch: RolloutBatch, config: OPDConfig
-) -> tuple[Tensor, list[Tensor]]:
-    """Policy gradient of reverse_kl on the sampled token: -(log p - log q_rollout) q / q_rollout."""
-    if batch.rollout_log_probs is None:
-        raise ValueError("rollout_log_probs: loss_type 'advantage' needs them, got None")
-    device = student.tail_log_prob.device
-    rollout = batch.rollout_log_probs.to(device=device, dtype=torch.float64).where(student.indices[:, 0] != -1, 0.0)
-    teacher = one_teacher(members, weights, config.mixture).log_probs[:, 0].double()
-    if config.teacher_log_prob_min is not None:
-        teacher = teacher.clamp(min=config.teacher_log_prob_min)
-    counts = student.indices[:, 0] != -1
-    advantage = (teacher - rollout).where(counts, 0.0)
-    ratio = (student.target_log_prob.double() - rollout).exp()
-    return -advantage * ratio, [-advantage]

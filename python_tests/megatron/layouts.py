@@ -18,7 +18,7 @@ CHECKS = (
     "no_loss_token",
     "steps",
 )
-"""Functions of megatron.gradient_ranks; `controls` is the other one."""
+"""Functions of megatron.gradient_ranks and megatron.support_ranks; `controls` is the other one."""
 
 
 @dataclass(frozen=True)

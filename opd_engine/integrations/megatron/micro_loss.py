@@ -13,8 +13,8 @@ from opd_engine.distillation.config import OPDConfig
 from opd_engine.distillation.members import load_members, one_teacher
 from opd_engine.distillation.metrics import MetricSums
 from opd_engine.distillation.reductions import Denominators
+from opd_engine.distillation.row_losses import only_live, row_divergence
 from opd_engine.distillation.step import ScoredRollouts, distillation_loss_of_scores, target_of_loss
-from opd_engine.functional.losses import distill_loss
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.integrations.megatron.batches import MicroInput
 from opd_engine.integrations.megatron.context_parallel import own_rows, whole_scores
@@ -121,24 +121,8 @@ class _RecordedDivergence:
         live = self._live[self._rows : self._rows + student.tail_log_prob.numel()]
         self._rows += live.numel()
         self._scores.append(student.detach())
-        config = self._config
-        return distill_loss(
-            TokenScores(
-                indices=student.indices,
-                log_probs=torch.where(live.unsqueeze(1), student.log_probs, -torch.inf),
-                tail_log_prob=torch.where(live, student.tail_log_prob, 0.0),
-            ),
-            TokenScores(
-                indices=teacher.indices,
-                log_probs=torch.where(live.unsqueeze(1), teacher.log_probs, -torch.inf),
-                tail_log_prob=torch.where(live, teacher.tail_log_prob, 0.0),
-            ),
-            divergence=config.divergence,
-            beta=config.beta,
-            alpha=config.alpha,
-            tail=config.tail,
-            teacher_log_prob_min=config.teacher_log_prob_min,
-        )
+        student, teacher = (only_live(scores, scores.indices, live) for scores in (student, teacher))
+        return row_divergence(student, teacher, self._config)
 
     def student(self) -> TokenScores:
         """The student's scores of all rows, without gradient."""
