@@ -12,6 +12,7 @@ _SHORTHANDS = (
     ("--student", "student.path", "DIR", "folder of the student"),
     ("--prompts", "data.prompts", "FILE", "JSONL or parquet file of prompts"),
     ("--output-dir", "run.output_dir", "DIR", "folder of the run"),
+    ("--backend", "run.backend", "NAME", "what trains the student: hf or megatron"),
     ("--tp", "run.tp", "N", "ranks that share the LM head"),
 )
 
