@@ -206,12 +206,16 @@ def in_bf16(job: Job) -> dict[str, object]:
     loss = Loss("forward_kl", "teacher", k=8)
     weights = {name: w.bfloat16().float() for name, w in dense.make_weights(job.shape, 7).items()}
     low = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
-    model = job.build(job.shape, weights, calculate_per_token_loss=True, **low)
-    ddp = models.data_parallel(Float16Module(model.config, model))
     config = OPDConfig(divergence=loss.divergence, support=loss.support, k=loss.k)
     options = OptimizerConfig(optimizer="adam", lr=0.1, bf16=True, clip_grad=0.0)
-    actor = MegatronActor(ddp, get_megatron_optimizer(options, [ddp]), config, vocab_size=61, layout=job.batch_layout)
-    seen = []
+
+    def make(workspace_bytes: int | None) -> MegatronActor:
+        model = job.build(job.shape, weights, calculate_per_token_loss=True, **low)
+        ddp = models.data_parallel(Float16Module(model.config, model))
+        optimizer, more = get_megatron_optimizer(options, [ddp]), {"workspace_bytes": workspace_bytes}
+        return MegatronActor(ddp, optimizer, config, vocab_size=61, layout=job.batch_layout, **more)
+
+    actor, chunked, seen = make(None), make(3 * 2 * 64), []
     if job.groups.is_last_stage:
         project = actor.walk.head._project
 
@@ -227,12 +231,17 @@ def in_bf16(job: Job) -> dict[str, object]:
         job.shape, weights, job.teacher_shape, job.teacher_weights, job.samples, loss
     ).gradients()
     batch = job.share(job.samples)
-    actor.accumulate(batch, actor.score_rollouts(batch, job.teachers))
-    own = {name.removeprefix("module."): p.main_grad.clone() for name, p in ddp.module.named_parameters()}
-    own = {models.whole_name(model, name): gradient for name, gradient in own.items()}
+
+    def error(one: MegatronActor) -> float:
+        one.accumulate(batch, one.score_rollouts(batch, job.teachers))
+        model = one.walk.language_model
+        own = {models.whole_name(model, name): p.main_grad.clone() for name, p in model.named_parameters()}
+        return job.distance(own, reference[1])
+
     wanted = int(batch.loss_mask.sum())
     return {
-        "error": job.distance(own, reference[1]),
+        "error": error(actor),
+        "error in three products": error(chunked),
         "dtypes": sorted({dtype for dtype, _ in seen}),
         "projected": sum(rows for _, rows in seen),
         "wanted": wanted,
