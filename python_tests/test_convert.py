@@ -86,7 +86,7 @@ def test_a_conversion_that_dies_leaves_the_old_target_and_its_remains_are_cleare
         "import os, sys\n"
         "from opd_engine.integrations.megatron.convert import to_megatron\n"
         "calls = []\n"
-        "def die(what, size):\n"
+        "def die(what, size, total):\n"
         "    calls.append(what)\n"
         "    if len(calls) == 9: os._exit(9)\n"
         "to_megatron(sys.argv[1], sys.argv[2], overwrite=True, moved=die)\n"

@@ -16,14 +16,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="opd-engine convert",
-        description="Convert a Qwen3 or Llama between a Hugging Face folder (config.json, safetensors) and a Megatron "
-        "distributed checkpoint; which way follows from what SOURCE holds. One process, no GPU, a few times the "
-        "largest tensor of memory. The result serves every tensor- and pipeline-parallel size, is read back and "
-        "compared by hash, and takes its name only when it is whole.",
-        epilog="examples: opd-engine convert ./Qwen3-8B ./Qwen3-8B-megatron; "
-        "opd-engine convert runs/math/checkpoints/step_00000100 ./student --like ./Qwen3-8B --dtype bfloat16; "
-        "torchrun --nproc-per-node 4 -m opd_engine convert --check --tp 2 --pp 2 ./Qwen3-8B ./Qwen3-8B-megatron. "
+        description="Convert a Qwen3 or Llama between a Hugging Face folder (config.json, safetensors) and a\n"
+        "Megatron distributed checkpoint; which way follows from what SOURCE holds. One process, no\n"
+        "GPU, a few times the largest tensor of memory. The result serves every tensor- and\n"
+        "pipeline-parallel size, is read back and compared by hash, and takes its name only when it\n"
+        "is whole.",
+        epilog="examples:\n"
+        "  opd-engine convert ./Qwen3-8B ./Qwen3-8B-megatron\n"
+        "  opd-engine convert runs/math/checkpoints/step_00000100 ./student --like ./Qwen3-8B --dtype bfloat16\n"
+        "  torchrun --nproc-per-node 4 -m opd_engine convert --check --tp 2 --pp 2 ./Qwen3-8B ./Qwen3-8B-megatron\n\n"
         "Exit status: 0 done, or logits equal; 1 not; 2 wrong usage, or a model that cannot be converted.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help="folder to read; with --check, the Hugging Face folder")
@@ -123,23 +126,26 @@ def _check(options: argparse.Namespace) -> int:
 
 
 class ProgressLine:
-    """One line on a terminal's standard error: what is done, bytes and speed; nothing elsewhere."""
+    """A bar on a terminal's standard error: what is done, how much of it, and the speed; nothing elsewhere."""
 
     def __init__(self, *, shown: bool) -> None:
         self._shown = shown and sys.stderr.isatty()
         self._what, self._bytes, self._since, self._last = "", 0, 0.0, 0.0
 
-    def moved(self, what: str, nbytes: int) -> None:
+    def moved(self, what: str, nbytes: int, total: int) -> None:
         """More of it is done."""
         now = time.monotonic()
         if what != self._what:
             self.close()
             self._what, self._bytes, self._since, self._last = what, 0, now, 0.0
         self._bytes += nbytes
-        if self._shown and now - self._last > 0.1:
+        if self._shown and (now - self._last > 0.1 or self._bytes >= total):
             self._last = now
+            share = min(1.0, self._bytes / max(total, 1))
+            bar = ("━" * round(30 * share)).ljust(30)
             speed = self._bytes / max(now - self._since, 1e-3) / 1e6
-            print(f"\r{what:6} {self._bytes / 1e9:8.2f} GB  {speed:6.0f} MB/s", end="", file=sys.stderr, flush=True)
+            text = f"\r{what} {bar} {share:4.0%} of {total / 1e9:.2f} GB  {speed:6.0f} MB/s"
+            print(text, end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """End the line."""

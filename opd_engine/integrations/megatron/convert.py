@@ -40,7 +40,7 @@ _IGNORED = ("rotary_emb.inv_freq", "self_attn.rotary_emb.inv_freq")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".distcp", ".gguf")
 _NOT_ABOUT_THE_MODEL = (HASHES, TOKEN_MAP, "metadata.json", ".metadata")
 _TEXT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
-_MOVED = Callable[[str, int], None]
+_MOVED = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def to_megatron(
 
     dtype: of the result; None keeps each tensor's
     overwrite: replace a target that is there, once the new one is whole
-    moved: called with what is done ("write", "check") and the bytes it moved
+    moved: called with what is done ("write", "check"), the bytes it moved, and those there are to move
 
     Returns: what was done.
     Raises: ValueError, before anything is written, naming a tensor that is missing, unknown or of another shape, a
@@ -86,7 +86,7 @@ def to_megatron(
         whole = dtype or found[piece.sources[0]][1]
         for part, names in _blocks(shape, piece, whole):
             plan[part] = (piece, names)
-    size = sum(math.prod(part.sizes) * part.dtype.itemsize for part in plan)
+    size = sum(math.prod(found[name][0]) * part.dtype.itemsize for part, (_, names) in plan.items() for name in names)
     hashes: dict[str, str] = {}
 
     def produce(part: TensorPiece) -> Tensor:
@@ -97,7 +97,8 @@ def to_megatron(
         buffer = torch.empty(part.sizes, dtype=part.dtype)
         # The gate and the other half of its layer are stored apart, each as it is.
         fill(buffer.view(part.sizes[-2:] if buffer.dim() > 1 else -1), parts, _how(piece, names), shape)
-        _tell(moved, "write", buffer)
+        for tensor in parts:
+            _tell(moved, "write", tensor, size)
         return buffer
 
     with _written_aside(target, size, overwrite) as aside:
@@ -120,7 +121,7 @@ def to_megatron(
             for name, tensor in zip(piece.sources, checkpoint.parts(piece)):
                 if _hash(tensor) != hashes[name]:
                     raise ValueError(f"target: {name} does not read back as it was written")
-                _tell(moved, "check", tensor)
+                _tell(moved, "check", tensor, size)
         (aside / HASHES).write_text(json.dumps({"tensors": hashes}, indent=1) + "\n", encoding="utf-8")
     return Conversion(len(hashes), size)
 
@@ -163,7 +164,7 @@ def to_hugging_face(
             for name, tensor in zip(piece.sources, checkpoint.parts(piece)):
                 tensor = tensor.to(tensors[name][1])
                 hashes[name] = _hash(tensor)
-                _tell(moved, "write", tensor)
+                _tell(moved, "write", tensor, size)
                 yield name, tensor
 
     with _written_aside(target, size, overwrite) as aside:
@@ -174,7 +175,7 @@ def to_hugging_face(
             tensor = written.read(name)
             if _hash(tensor) != hashes[name]:
                 raise ValueError(f"target: {name} does not read back as it was written")
-            _tell(moved, "check", tensor)
+            _tell(moved, "check", tensor, size)
     known = _known_hashes(source)
     unchanged = None if known is None else sum(known.get(name) == value for name, value in hashes.items())
     return Conversion(len(hashes), size, unchanged)
@@ -328,6 +329,6 @@ def _hash(tensor: Tensor) -> str:
     return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
-def _tell(moved: _MOVED | None, what: str, tensor: Tensor) -> None:
+def _tell(moved: _MOVED | None, what: str, tensor: Tensor, size: int) -> None:
     if moved is not None:
-        moved(what, tensor.nbytes)
+        moved(what, tensor.nbytes, size)

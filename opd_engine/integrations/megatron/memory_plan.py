@@ -188,9 +188,9 @@ def _stage_plan(
     passing = max(passing_bytes(s, work.tokens, work.length, **sizes_of) for s in (student, *teachers.values()))
     # Sampling looks at one row a sequence, in float64, on the host.
     sampling = 32 * work.share_seqs * student.vocab_size
-    # Weights and the optimizer's float32 weights and moments, gathered, once more as the writer's own, and a twentieth
-    # of both on its way.
-    checkpoint = 21 * (e * count + 12 * count // dp) // 10
+    # Weights and the optimizer's float32 weights and moments, gathered over the data-parallel ranks, then the writer's
+    # copy of this rank's share, and a twentieth of both on its way.
+    checkpoint = 21 * (2 * e * count + 12 * count + 12 * count // dp) // 20
     here, host = 0, {}
     visiting = 0
     if on_cpu:
@@ -229,4 +229,4 @@ def plan_table(plans: list[StagePlan], title: str) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:12.2f}"
+    return f"{size / 2**30:12.3f}"
