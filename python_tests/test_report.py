@@ -57,9 +57,9 @@ def lines(figure: ElementTree.Element) -> list[list[tuple[float, float]]]:
 def test_every_chart_is_there_with_title_units_and_a_line_for_every_teacher(tmp_path, backend):
     _, root = page(write_run(tmp_path / "run", backend=backend))
     found = figures(root)
-    assert set(found) == set(ANCHORS)
+    assert set(found) == {*ANCHORS, *(["plan"] if backend == "megatron" else [])}
     contents = [link.get("href") for link in root.iter(f"{XHTML}a")]
-    assert contents[: len(ANCHORS)] == [f"#{anchor}" for anchor in found], "the table of figures is in their order"
+    assert contents[: len(found)] == [f"#{anchor}" for anchor in found], "the table of figures is in their order"
     for plan in _PLANS:
         figure = found[plan.anchor]
         assert plan.title in words(figure.find(f"{XHTML}h3"))
@@ -76,6 +76,10 @@ def test_every_chart_is_there_with_title_units_and_a_line_for_every_teacher(tmp_
     ]
     assert [part.split(":")[0] for part in parts] == ["rollout", "score", "update", "evaluate"]
     assert all("25%" in part for part in parts)
+    if backend == "megatron":
+        ranks = [cell.text for cell in found["plan"].iter(f"{XHTML}th")][2:]
+        assert ranks[:2] == ["run, rank 11, planned", "run, rank 11, measured"] and len(ranks) == 16
+        assert [cell.text for cell in found["plan"].iter(f"{XHTML}td")][:2] == ["5", "15"]
     assert f"backend{backend}" in words(root).replace("\n", "")
     assert "1 optimizer steps left out for a gradient that was not finite" in words(root)
 
@@ -295,6 +299,9 @@ def test_samples_are_bounded_and_their_classes_follow_the_divergence(tmp_path):
     assert [place for place, _, _ in sample.tokens[:5]] == [
         sum(10.0**power >= bound for bound in BOUNDS) for power in (-3, -2, -1, 0, 1)
     ]
+    run.samples[0]["divergence"][:2] = ["inf", "nan"]
+    tokens = shown_samples(run)[0][0][1][0].tokens[:2]
+    assert [(place, says) for place, _, says in tokens] == [(len(BOUNDS), "inf nats"), (0, "not measured")]
     assert sample.tokens[3][2] == "1 nats" and sample.furthest.startswith("10 nats at token 5")
 
 

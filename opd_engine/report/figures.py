@@ -14,6 +14,7 @@ from opd_engine.report.charts import PLACES, Bars, Chart, Line, number
 from opd_engine.report.runs import Points, Run
 
 MIB = 2.0**20
+_RANKS = 8
 PHASES = ("rollout", "score", "update", "evaluate")
 
 
@@ -227,8 +228,9 @@ def make_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
             absent.append(plan.title)
         else:
             figures.append(figure)
-        if plan.anchor == "phases" and (shares := _phase_shares(runs)) is not None:
-            figures.append(shares)
+        beside = {"phases": _phase_shares, "memory": _planned_memory}.get(plan.anchor)
+        if beside is not None and (bars := beside(runs)) is not None:
+            figures.append(bars)
     return figures, absent
 
 
@@ -339,3 +341,20 @@ def _phase_shares(runs: Sequence[Run]) -> Figure | None:
     title = "Where a step's time goes"
     table = [(f"{label}: {name}", number(value)) for label, parts in rows for name, value in parts]
     return Figure("shares", title, "Mean over all steps.", [Bars(title, "s", rows)], table)
+
+
+def _planned_memory(runs: Sequence[Run]) -> Figure | None:
+    """What was planned and measured on the fullest ranks, of runs that were planned."""
+    rows = []
+    for run in runs:
+        ranks = sorted(run.memory, key=lambda rank: -rank["measured_bytes"])[:_RANKS]
+        for rank in ranks:
+            label = f"{run.name}, rank {rank['rank']:.0f}"
+            rows.append((f"{label}, planned", [("planned", rank["planned_bytes"] / MIB)]))
+            rows.append((f"{label}, measured", [("measured", rank["measured_bytes"] / MIB)]))
+    if not rows:
+        return None
+    title = "Memory, planned and measured"
+    table = [(label, number(parts[0][1])) for label, parts in rows]
+    caption = f"Above what the process held before its models, at the peak of training; the {_RANKS} fullest ranks."
+    return Figure("plan", title, caption, [Bars(title, "MiB", rows)], table)

@@ -82,6 +82,18 @@ class Run:
         """The sum of a metric over all steps."""
         return sum(value for _, value in self.series("train", key))
 
+    @property
+    def memory(self) -> list[dict[str, float]]:
+        """Of each rank of a Megatron run at its end: its number, planned_bytes and measured_bytes; else nothing."""
+        found = (self.summary or {}).get("memory")
+        ranks = list(enumerate(found)) if isinstance(found, list) else []
+        names = ("planned_bytes", "measured_bytes")
+        return [
+            {"rank": float(place), **{name: float(rank[name]) for name in names}}
+            for place, rank in ranks
+            if isinstance(rank, dict) and all(isinstance(rank.get(name), (int, float)) for name in names)
+        ]
+
     def teacher_value(self, kind: str, name: str) -> float | None:
         """What a task's or text's own teacher reaches: kind "accuracy" or "perplexity"; None where nobody measured."""
         if self.summary is None:

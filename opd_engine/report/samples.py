@@ -59,7 +59,7 @@ def _sample(found: Mapping[str, Any]) -> Sample:
     if len(prompt) > _PROMPT:
         prompt = f"… {prompt[-_PROMPT:]}"
     shown = [
-        (_class(value), shown_token(token), f"{number(value)} nats")
+        (_class(value), shown_token(token), "not measured" if math.isnan(value) else f"{number(value)} nats")
         for token, value in zip(tokens[:_TOKENS], values[:_TOKENS])
     ]
     finite = [(value, place) for place, value in enumerate(values[: len(tokens)]) if math.isfinite(value)]
@@ -79,5 +79,5 @@ def _sample(found: Mapping[str, Any]) -> Sample:
 
 
 def _class(value: float) -> int:
-    """0 for the nearest, len(BOUNDS) for the furthest, infinities and what is no number included."""
-    return len(BOUNDS) if math.isnan(value) else sum(abs(value) >= bound for bound in BOUNDS)
+    """0 for the nearest, and where nothing was measured; len(BOUNDS) for the furthest, infinities included."""
+    return sum(abs(value) >= bound for bound in BOUNDS)
