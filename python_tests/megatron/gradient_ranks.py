@@ -298,20 +298,25 @@ def splits(job: Job) -> dict[str, float]:
 
 
 def no_loss_token(job: Job) -> dict[str, float]:
-    """Rows that count on some ranks only, a data-parallel rank without samples, and a batch where nothing counts."""
+    """Rows that count on some ranks only, a data-parallel rank without samples, and a batch where nothing counts.
+
+    By scores and logits, then by kept hidden states and the head in chunks.
+    """
     lone = [dataclasses.replace(s, mask=s.mask & False) for s in job.samples]
     lone[6].mask[12] = True
-    found = {}
-    truth = job.reference(ROUTED, samples=lone).gradients()
-    found["one row"] = job.errors(job.actor(ROUTED), lone, truth)[1]
     single = [dataclasses.replace(job.samples[2], number=0)]
-    truth = job.reference(ROUTED, samples=single).gradients()
-    found["one sample"] = job.errors(job.actor(ROUTED), single, truth)[1]
     nothing = [dataclasses.replace(s, mask=s.mask & False) for s in job.samples]
-    actor = job.actor(ROUTED)
-    batch = job.share(nothing)
-    actor.accumulate(batch, actor.score_rollouts(batch, job.teachers))
-    found["nothing"] = max(float(g.abs().max()) for g in models.gradients(actor.walk.model).values())
+    few = 3 * 4 * job.layout.padded_vocab_size // job.layout.tp
+    kept = {"options": {"keep_teacher_hidden": True}, "workspace_bytes": few}
+    found = {}
+    for way, options in (("scores", {}), ("kept hidden", kept)):
+        for name, samples in (("one row", lone), ("one sample", single)):
+            truth = job.reference(ROUTED, samples=samples).gradients()
+            found[f"{name}, {way}"] = job.errors(job.actor(ROUTED, **options), samples, truth)[1]
+        actor = job.actor(ROUTED, **options)
+        batch = job.share(nothing)
+        actor.accumulate(batch, actor.score_rollouts(batch, job.teachers))
+        found[f"nothing, {way}"] = max(float(g.abs().max()) for g in models.gradients(actor.walk.model).values())
     return found
 
 
