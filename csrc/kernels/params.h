@@ -155,4 +155,12 @@ struct DistillLossParams {
   void* loss;
 };
 
+// Of a loss of known weights: what scores_backward takes, [T, k + 4].
+struct WeighUpstreamParams {
+  int64_t num_rows, k;
+  bool is_float64;
+  const void *grad_log_probs, *grad_tail, *weights;  // [T, k], [T], [T]
+  void* upstream;
+};
+
 }  // namespace opd

@@ -122,6 +122,35 @@ void full_divergence_backward_(Tensor student_logits, Tensor teacher_logits, Ten
       student_logits, sums, grad_loss, vocab_start_index, vocab_size);
 }
 
+namespace {
+
+// Rows that would leave threads or multiprocessors idle: the same in four launches, whose passes cut rows into pieces.
+Tensor distill_few_rows(const Context& context, const Tensor& logits, const Tensor& indices,
+                        const Tensor& teacher_log_probs, const Tensor& teacher_tail, const Tensor& weights,
+                        const std::string& divergence, double beta, double alpha, const std::string& tail,
+                        std::optional<double> teacher_log_prob_min, int64_t vocab_size, double temperature,
+                        const OptionalTensor& row_temperature) {
+  const auto [log_probs, tail_log_prob, lse, entropy, no_target, stats] =
+      gather_log_probs(logits, indices, std::nullopt, vocab_size, temperature, row_temperature);
+  const auto [loss, grad_log_probs, grad_tail] =
+      bucket_divergence(indices, log_probs, tail_log_prob, teacher_log_probs, teacher_tail, divergence, beta, alpha,
+                        tail, teacher_log_prob_min);
+  WeighUpstreamParams p{};
+  p.num_rows = indices.size(0);
+  p.k = indices.size(1);
+  p.is_float64 = context.is_float64();
+  p.grad_log_probs = grad_log_probs.data_ptr();
+  p.grad_tail = grad_tail.data_ptr();
+  p.weights = weights.data_ptr();
+  Tensor upstream = context.empty_scores({p.num_rows, p.k + 4});
+  p.upstream = upstream.data_ptr();
+  launch_weigh_upstream(context, p);
+  scores_backward_(logits, indices, std::nullopt, stats, upstream, 0, vocab_size, temperature, row_temperature);
+  return loss;
+}
+
+}  // namespace
+
 Tensor distill_loss_(Tensor logits, Tensor indices, Tensor teacher_log_probs, Tensor teacher_tail, Tensor weights,
                      std::string divergence, double beta, double alpha, std::string tail,
                      std::optional<double> teacher_log_prob_min, int64_t vocab_size, double temperature,
@@ -147,6 +176,10 @@ Tensor distill_loss_(Tensor logits, Tensor indices, Tensor teacher_log_probs, Te
   p.teacher_log_probs = teacher_log_probs.data_ptr();
   p.teacher_tail = teacher_tail.data_ptr();
   p.weights = weights.data_ptr();
+  if (pieces_of(context, p.logits).count > 1) {
+    return distill_few_rows(context, logits, indices, teacher_log_probs, teacher_tail, weights, divergence, beta, alpha,
+                            tail, teacher_log_prob_min, vocab_size, temperature, row_temperature);
+  }
   Tensor loss = context.empty_scores({num_tokens});
   p.loss = loss.data_ptr();
   launch_distill_loss(context, p);

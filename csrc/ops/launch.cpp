@@ -197,4 +197,9 @@ void launch_distill_loss(const Context& context, const DistillLossParams& p) {
                 [&](int64_t begin, int64_t end) { cpu::distill_loss(p, begin, end); });
 }
 
+void launch_weigh_upstream(const Context& context, const WeighUpstreamParams& p) {
+  OPD_ON_CUDA(p.num_rows, launch_weigh_upstream(p, stream))
+  cpu::weigh_upstream(p, 0, p.num_rows);
+}
+
 }  // namespace opd::ops

@@ -27,6 +27,8 @@ void launch_scores_backward(const Context& context, const ScoresBackwardParams& 
 void launch_bucket_divergence(const Context& context, const BucketDivergenceParams& p);
 void launch_full_divergence(const Context& context, const FullDivergenceParams& p, const Pieces& pieces);
 void launch_full_divergence_backward(const Context& context, const FullDivergenceParams& p);
+// A row a thread or block: for rows that are too few see distill_few_rows in divergence.cpp.
 void launch_distill_loss(const Context& context, const DistillLossParams& p);
+void launch_weigh_upstream(const Context& context, const WeighUpstreamParams& p);
 
 }  // namespace opd::ops

@@ -55,12 +55,12 @@ class Goal:
 def find(records: Sequence[BenchRecord], case: str, shape: Shape, impl: str = "opd_engine") -> BenchRecord | None:
     """The latest CPU record of an implementation at a shape, with as many threads as the machine had."""
     shape = for_case(case, shape)
-    wanted = (case, shape.dtype, shape.num_tokens, shape.vocab_size, shape.k, shape.tp_size)
+    wanted = (case, shape.dtype, shape.num_tokens, shape.vocab_size, shape.k, shape.tp_size, shape.hidden_size)
     wanted = (*wanted, shape.pattern, shape.mask_density, shape.layout, impl, "cpu")
     found = None
     for record in latest(records).values():
         r = record
-        has = (r.case, r.dtype, r.num_tokens, r.vocab_size, r.k, r.tp_size)
+        has = (r.case, r.dtype, r.num_tokens, r.vocab_size, r.k, r.tp_size, r.hidden_size or 0)
         if (*has, r.pattern, r.mask_density, r.layout, r.impl, r.device) == wanted:
             found = record
     return found

@@ -5,6 +5,7 @@ No host name and no path is looked at.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -88,6 +89,20 @@ def last_level_cache_bytes(device: torch.device) -> int:
         if text[:-1].isdigit() and text[-1] in "KMG":
             sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
     return max(sizes)
+
+
+def clocks_mhz(device: torch.device) -> dict[str, int] | None:
+    """A GPU's clocks right now, just after what was timed: {"sm", "memory", "sm_max"}; None where nobody tells."""
+    if device.type != "cuda":
+        return None
+    names = ("clocks.sm", "clocks.mem", "clocks.max.sm")
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, AttributeError):
+        command.append(f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}")
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+        sm, memory, sm_max = (int(value) for value in answer.strip().split(","))
+        return {"sm": sm, "memory": memory, "sm_max": sm_max}
+    return None
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int = 1 << 30) -> Rates:

@@ -12,7 +12,7 @@ from pathlib import Path
 from opd_engine.bench import plots
 from opd_engine.bench.goals import GOALS, find
 from opd_engine.bench.record import BenchRecord, read_records
-from opd_engine.bench.shapes import PATTERNS, Shape, shape_text
+from opd_engine.bench.shapes import PATTERNS, Shape, plan, shape_text
 from opd_engine.bench.table import IMPL_NAMES, digits, duration, markdown, size, times_ours
 
 _HEAD_CASES = {
@@ -173,6 +173,64 @@ def patterns(records: Records) -> str:
     return markdown(["256 x 151,936 float32, random rows = 1", *PATTERNS[1:]], rows)
 
 
+def linear(records: Records) -> str:
+    """From hidden states and the LM head: every implementation, its share of the matrix rate and its memory."""
+    rows = []
+    for case, shape in plan("linear", (), ()):
+        ours = find(records, case, shape)
+        for impl in dict.fromkeys(record.impl for record in records):
+            record = find(records, case, shape, impl)
+            if record is None or ours is None:
+                continue
+            rows.append(
+                [
+                    f"{case} {shape_text(record)} {record.dtype}: {IMPL_NAMES.get(impl, impl)}",
+                    duration(record.median_us),
+                    "1" if impl == "opd_engine" else digits(times_ours(record, ours)),
+                    digits(record.tflops * 1e3),
+                    f"{record.tflops / record.matmul_tflops:.0%}",
+                    size(record.peak_extra_bytes),
+                    f"{record.max_abs_err:.1e}",
+                ]
+            )
+    header = ["", "median", "x ours", "GFLOP/s of the least products", "of the matrix rate"]
+    return markdown([*header, "extra memory", "max abs error"], rows)
+
+
+_BUDGET_BYTES = 16 << 30
+
+
+def model_step(records: Records) -> str:
+    """A step with the models: what the head and the loss take of it, and how long a sequence may become."""
+    plans = [shape for _, shape in plan("model", (), ())]
+    rows = []
+    for impl in ("opd_engine", "opd_ablation_through_logits", "torch_eager"):
+        found = [find(records, "step", shape, impl) for shape in plans]
+        alone = [find(records, "step", shape, "opd_ablation_models_alone") for shape in plans]
+        if any(record is None for record in (*found, *alone)):
+            continue
+        short, long = found
+        slope = (long.peak_extra_bytes - short.peak_extra_bytes) / (long.num_tokens - short.num_tokens)
+        constant = long.peak_extra_bytes - slope * long.num_tokens
+        ours = find(records, "step", plans[1])
+        rows.append(
+            [
+                IMPL_NAMES[impl],
+                *(duration(record.median_us) for record in found),
+                "1" if impl == "opd_engine" else digits(times_ours(long, ours)),
+                f"{1 - 1 / times_ours(long, alone[1]):.0%}",
+                *(size(record.peak_extra_bytes) for record in found),
+                size(slope),
+                f"{int((_BUDGET_BYTES - constant) / slope):,}",
+                f"{long.max_abs_err:.1e}",
+            ]
+        )
+    tokens = [f"{shape.num_tokens} tokens" for shape in plans]
+    header = ["one OPD step, Qwen3-0.6B's shape, float32", *tokens, "x ours", "head and loss"]
+    header += [f"extra memory, {text}" for text in tokens]
+    return markdown([*header, "a token more", f"longest in {_BUDGET_BYTES >> 30} GiB", "max abs error"], rows)
+
+
 # file -> marker -> what generates the text between its begin and end
 BLOCKS: dict[str, dict[str, Callable[[Records], str]]] = {
     "README.md": {"benchmark-table": headline},
@@ -184,6 +242,8 @@ BLOCKS: dict[str, dict[str, Callable[[Records], str]]] = {
         "bench-losses": losses,
         "bench-full": full,
         "bench-others": others,
+        "bench-linear": linear,
+        "bench-model-step": model_step,
         "bench-memory": memory,
         "bench-scaling": scaling,
         "bench-patterns": patterns,

@@ -174,6 +174,11 @@ class _Session:
         )
         return [self._record(case, shape, workload, *checks, timed) for checks, timed in zip(checked, samples)]
 
+    def _timing(self, impl: Impl) -> str:
+        if self.settings.device.type == "cpu":
+            return "wall clock"
+        return "graph replay" if impl.graph else "events"
+
     def _check(self, impl: Impl, workload: Workload, shape: Shape) -> tuple[Allocations, Allocations, float]:
         """(allocations of the whole call, of its forward alone, error); warms the implementation up."""
         device = self.settings.device
@@ -271,6 +276,8 @@ class _Session:
                 "impl_threads": impl.threads or self.settings.threads,
                 "cpu_variant": machine.cpu_variant(),
                 "torch": torch.__version__,
+                "timing": self._timing(impl),
+                "clocks_mhz": machine.clocks_mhz(self.settings.device),
                 "copy_bytes": rates.copy_bytes,
                 "logits_bytes": shape.logits_bytes,
                 "tflops": flops / median / 1e6,

@@ -20,6 +20,10 @@ IMPL_NAMES = {
     "opd_ablation_k64": "ours with k = 64",
     "opd_ablation_one_pass": "`distill_loss_`, one read",
     "opd_ablation_through_logits": "ours on logits that exist",
+    "opd_ablation_models_alone": "the models' passes alone",
+    "opd_ablation_workspace_16MiB": "ours, workspace of 16 MiB",
+    "opd_ablation_workspace_64MiB": "ours, workspace of 64 MiB",
+    "opd_ablation_workspace_256MiB": "ours, workspace of 256 MiB",
 }
 
 

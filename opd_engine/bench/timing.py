@@ -2,7 +2,7 @@
 
 A machine that slows down, slows all of them: ratios within a run mean something, ratios across runs less. Samples
 are single calls. On a CPU the wall clock; on a GPU events around the call, queued behind a spinning kernel, so that the
-launches are not what is measured.
+launches are not what is measured, or, where a case is that short, a captured graph of one call a buffer, replayed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Impl:
     restore: buffer number -> None, untimed, after a call: puts back what an in-place backward overwrote
     threads: CPU threads, where it is not the run's number
     error: its own check, where it computes something else than the others
+    graph: on a GPU, time the replay of a captured graph: for what launches take longer than kernels. Forward alone
     """
 
     name: str
@@ -35,6 +36,7 @@ class Impl:
     restore: Callable[[int], None] | None = None
     threads: int | None = None
     error: Callable[[Any], float] | None = None
+    graph: bool = False
 
     def run(self, prepared: Any) -> Any:
         """The timed work."""
@@ -62,6 +64,7 @@ def interleave(
     calls = 1 if device.type == "cuda" else calls
     sample = _cuda_sample if device.type == "cuda" else _cpu_sample
     samples: list[list[float]] = [[] for _ in impls]
+    replays = {impl.name: _Replay(impl, num_buffers) for impl in impls if impl.graph and device.type == "cuda"}
     default = torch.get_num_threads() if threads is None else threads
     number = 0
     started = time.perf_counter()
@@ -72,6 +75,9 @@ def interleave(
             for position in range(len(impls)):
                 which = (position + round_number) % len(impls)
                 impl = impls[which]
+                if impl.name in replays:
+                    samples[which].append(replays[impl.name].sample())
+                    continue
                 wanted = impl.threads or default
                 if device.type == "cpu" and torch.get_num_threads() != wanted:
                     torch.set_num_threads(wanted)
@@ -104,6 +110,32 @@ def _cpu_sample(impl: Impl, numbers: Sequence[int]) -> float:
     elapsed = time.perf_counter_ns() - start
     del results
     return elapsed / 1e3 / len(numbers)
+
+
+class _Replay:
+    """A graph of one call on each of up to eight buffers, which together are larger than the second-level cache."""
+
+    def __init__(self, impl: Impl, num_buffers: int) -> None:
+        prepared = [impl.prepare(number) for number in range(min(num_buffers, 8))]
+        self.calls = len(prepared)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            impl.run(prepared[0])
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.results = [impl.run(one) for one in prepared]
+
+    def sample(self) -> float:
+        """Microseconds a call."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        self.graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) * 1e3 / self.calls
 
 
 def _cuda_sample(impl: Impl, numbers: Sequence[int]) -> float:

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 import opd_engine
 import oracles
 from opd_engine import ops as opd_ops
+from opd_engine.bench import machine
+from opd_engine.bench.timing import Impl, interleave
 from ranks import run_ranks
 from truth import shapes
 from truth.test_ops import REGISTERED, sample_arguments
@@ -78,6 +80,14 @@ def test_a_graph_replays_on_new_logits(logits):
         expected_loss, expected_gradient = loss_and_gradient(logits.roll(shift, 0), ids, teacher)
         assert torch.equal(top.indices, opd_engine.topk_log_probs(logits.roll(shift, 0), K).indices)
         assert torch.equal(loss, expected_loss) and torch.equal(gradient, expected_gradient)
+
+
+def test_a_benchmark_times_the_replay_of_a_graph(logits):
+    buffers = [logits.roll(shift, 0) for shift in range(3)]
+    impl = Impl("opd_engine", lambda z: opd_engine.topk_log_probs(z, K), prepare=buffers.__getitem__, graph=True)
+    ((first, *_),) = interleave([impl], num_buffers=3, device=logits.device, seconds=0, min_rounds=2)
+    assert first > 0
+    assert machine.clocks_mhz(logits.device)["sm"] > 0
 
 
 def test_compiled_and_recomputed_equal_eager(logits):

@@ -113,6 +113,14 @@ def test_few_rows_are_cut_into_pieces(emulated_ops, rows, width):
         for ops, scores in zip((emulated_ops, torch.ops.opd_engine), gathered)
     ]
     torch.testing.assert_close(*grads, rtol=0.01, atol=1e-6)
+    teacher, weights = (gathered[1][0] - 0.125, gathered[1][1]), torch.tensor([0.5, 0.0, 1.5, 1.0, 1.0])[:rows]
+    options = ("reverse_kl", 0.5, 0.1, "bucket", None, width, 0.7, None)
+    fused = []
+    for ops in (emulated_ops, torch.ops.opd_engine):
+        gradient = logits.clone()
+        fused.append((ops.distill_loss_(gradient, ids, *teacher, weights, *options), gradient))
+    for ours, cpu in zip(*fused):
+        torch.testing.assert_close(ours, cpu, rtol=0.01 if ours.dtype == torch.bfloat16 else 2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

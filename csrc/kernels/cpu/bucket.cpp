@@ -106,6 +106,24 @@ void bucket_divergence(const BucketDivergenceParams& p, int64_t begin, int64_t e
 
 namespace {
 
+// upstream = weight (grad_log_probs, grad_tail), 0, 0, 0; a masked row's derivative may be infinite, and counts
+// nothing.
+template <class Score>
+void weigh_row(Score weight, int64_t k, const Score* grad_log_probs, Score grad_tail, Score* upstream) {
+  const auto weigh = [weight](Score gradient) { return weight == 0 ? Score{0} : gradient * weight; };
+  std::transform(grad_log_probs, grad_log_probs + k, upstream, weigh);
+  upstream[k] = weigh(grad_tail);
+  std::fill(upstream + k + 1, upstream + k + 4, Score{0});
+}
+
+template <class Score>
+void weigh_rows(const WeighUpstreamParams& p, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    weigh_row(static_cast<const Score*>(p.weights)[row], p.k, static_cast<const Score*>(p.grad_log_probs) + row * p.k,
+              static_cast<const Score*>(p.grad_tail)[row], static_cast<Score*>(p.upstream) + row * (p.k + 4));
+  }
+}
+
 // Gather, divergence and gradient of a row while it is in cache: one read from memory, one write.
 template <class Score>
 void distill_rows(const DistillLossParams& p, int64_t begin, int64_t end) {
@@ -146,9 +164,7 @@ void distill_rows(const DistillLossParams& p, int64_t begin, int64_t end) {
                                         upstream.data(),
                                         &upstream[p.k]};
     bucket_row<Score>(bucket, 0, &workspace);
-    const Score weight = static_cast<const Score*>(p.weights)[row];
-    for (int64_t j = 0; j <= p.k; ++j) upstream[j] = weight == 0 ? Score{0} : upstream[j] * weight;
-    upstream[p.k + 1] = upstream[p.k + 2] = upstream[p.k + 3] = 0;
+    weigh_row(static_cast<const Score*>(p.weights)[row], p.k, upstream.data(), upstream[p.k], upstream.data());
     const ScoresBackwardParams backward{one,          one, temperature, p.k,           0,
                                         p.vocab_size, ids, nullptr,     merged.data(), upstream.data()};
     kernels->scores_backward(backward, 0, 1);
@@ -159,6 +175,10 @@ void distill_rows(const DistillLossParams& p, int64_t begin, int64_t end) {
 
 void distill_loss(const DistillLossParams& p, int64_t begin, int64_t end) {
   p.logits.dtype == DType::kFloat64 ? distill_rows<double>(p, begin, end) : distill_rows<float>(p, begin, end);
+}
+
+void weigh_upstream(const WeighUpstreamParams& p, int64_t begin, int64_t end) {
+  p.is_float64 ? weigh_rows<double>(p, begin, end) : weigh_rows<float>(p, begin, end);
 }
 
 }  // namespace opd::cpu

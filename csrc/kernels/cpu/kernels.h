@@ -34,5 +34,6 @@ void combine_topk_partials(const MergeTopkParams&, int32_t* combined, int64_t be
 void combine_gather_partials(const MergeGatherParams&, int64_t begin, int64_t end);
 void bucket_divergence(const BucketDivergenceParams&, int64_t begin, int64_t end);
 void distill_loss(const DistillLossParams&, int64_t begin, int64_t end);
+void weigh_upstream(const WeighUpstreamParams&, int64_t begin, int64_t end);
 
 }  // namespace opd::cpu

@@ -84,6 +84,22 @@ __global__ void __launch_bounds__(kDistillThreads, 1)
                stats, upstream, t, scratch, &backward_shared);
 }
 
+__global__ void __launch_bounds__(kMergeThreads) weigh_upstream_kernel(const WeighUpstreamParams p) {
+  const int64_t row = blockIdx.x;
+  const float weight = static_cast<const float*>(p.weights)[row];
+  float* upstream = static_cast<float*>(p.upstream) + row * (p.k + 4);
+  for (int64_t j = threadIdx.x; j < p.k + 4; j += blockDim.x) {
+    float gradient = 0;
+    if (j < p.k) gradient = static_cast<const float*>(p.grad_log_probs)[row * p.k + j];
+    if (j == p.k) gradient = static_cast<const float*>(p.grad_tail)[row];
+    upstream[j] = weight == 0 ? 0.0f : gradient * weight;
+  }
+}
+
+int launch_weigh_upstream(const WeighUpstreamParams& p, void* stream) {
+  return OPD_LAUNCH(weigh_upstream_kernel, p.num_rows, kMergeThreads, 0, stream, p);
+}
+
 int launch_distill_loss(const DistillLossParams& p, void* stream) {
   const Pieces whole{1, p.logits.width};
   return with_scalar(p.logits.dtype, [&](auto scalar) {

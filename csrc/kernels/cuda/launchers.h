@@ -18,6 +18,7 @@ int launch_scores_backward(const ScoresBackwardParams&, const Pieces&, void* str
 int launch_full_divergence(const FullDivergenceParams&, const Pieces&, void* stream);
 int launch_full_divergence_backward(const FullDivergenceParams&, const Pieces&, void* stream);
 int launch_distill_loss(const DistillLossParams&, void* stream);
+int launch_weigh_upstream(const WeighUpstreamParams&, void* stream);
 int launch_merge_topk(const MergeTopkParams&, void* stream);
 int launch_merge_gather(const MergeGatherParams&, void* stream);
 int launch_bucket_divergence(const BucketDivergenceParams&, void* stream);

@@ -35,7 +35,7 @@ def topk_workload(shape: Shape, device: torch.device, bytes_moved: int, flops: i
         values[0], ids[0], lses[0], means[0] = eager.shard_topk(z, min(k, z.size(-1)), 0)
         return eager.merge_topk(values, ids, lses, means, k)
 
-    impls = [Impl("opd_engine", ours, prepare=copies.__getitem__)]
+    impls = [Impl("opd_engine", ours, prepare=copies.__getitem__, graph=True)]
     if shape.baselines and k <= shape.shard_size:
         impls.append(Impl("torch_eager", by_torch, prepare=copies.__getitem__))
     message = packed.nbytes // shape.tp_size
@@ -69,7 +69,7 @@ def gather_workload(shape: Shape, device: torch.device, bytes_moved: int, flops:
         lses[0], support = eager.shard_gather(z, indices, 0)
         return eager.merge_gather(lses, support + others)
 
-    impls = [Impl("opd_engine", ours, prepare=copies.__getitem__)]
+    impls = [Impl("opd_engine", ours, prepare=copies.__getitem__, graph=True)]
     if shape.baselines:
         impls.append(Impl("torch_eager_cheap_tail", by_torch, prepare=copies.__getitem__))
     error = gather_error(shape, rows, indices)

@@ -1,6 +1,7 @@
 """One distillation step from logits: the student's top-k, the teacher's scores of it, loss and gradient in place.
 
-Through opd_engine.distillation, its host cache and its routing included; the models themselves are not run.
+Through opd_engine.distillation, its host cache and its routing included; the models themselves are not run, but where
+the shape has a hidden size: model_step.py.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class _Logits:
 
 def build(shape: Shape, device: torch.device) -> Workload:
     """Ours against the same step in eager torch."""
+    if shape.hidden_size:
+        from opd_engine.bench.cases import model_step
+
+        return model_step.build(shape, device)
     logits, teacher_logits = make_logits(shape, device), make_logits(shape, device, seed=1)
     cold = cold_copies(logits, overwritten=True)
     batch = _batch(shape)

@@ -24,7 +24,7 @@ def build(shape: Shape, device: torch.device) -> Workload:
         merged = torch.ops.opd_engine.merge_topk(message, k, None, shape.vocab_size, 1.0, None)
         return dict(zip(("indices", "log_probs", "tail_log_prob", "lse", "entropy"), merged))
 
-    impls = [Impl("opd_engine", ours, prepare=copies.__getitem__)]
+    impls = [Impl("opd_engine", ours, prepare=copies.__getitem__, graph=True)]
     if shape.baselines:
         impls.append(Impl("torch_eager", lambda parts: eager.merge_topk(*parts, k), prepare=unpacked.__getitem__))
     bytes_moved = packed.nbytes + shape.num_tokens * ((8 + 4) * k + 12)

@@ -81,6 +81,31 @@ def load_model(
     return model.to(device).eval()
 
 
+def random_qwen3(hidden_size: int, vocab_size: int, *, seed: int) -> PreTrainedModel:
+    """A Qwen3 with random weights and a tied head: the 0.6B one where hidden_size is 1,024 and vocab_size 151,936.
+
+    hidden_size: a multiple of 64; below 1,024 the model has 2 layers in place of 28
+    Returns: the model, float32, on the CPU, in eval mode.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    heads = max(2, hidden_size // 64)
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=28 if hidden_size >= 1024 else 2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=128,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config).eval()
+
+
 def load_tokenizer(
     path: str | Path, *, trust_remote_code: bool = False, argument: str = "path"
 ) -> PreTrainedTokenizerBase:
