@@ -94,6 +94,11 @@ class RunFolder:
         self._config = config
         self._is_new = False
 
+    def require(self) -> None:
+        """Where a run is to be resumed there is one; a mistyped folder is not made. Raises: ConfigError."""
+        if self._config.run.resume and not (self.path / CONFIG_FILE).is_file():
+            raise ConfigError(f"run.resume: wanted a run in {self.path}, got none (no {CONFIG_FILE})")
+
     def enter(self) -> None:
         """Refuses a folder whose run would be lost, or is another one. Changes nothing of a run that is there.
 
@@ -103,8 +108,6 @@ class RunFolder:
         """
         saved, config = self.path / CONFIG_FILE, self._config
         if not saved.is_file():
-            if config.run.resume:
-                raise ConfigError(f"run.resume: wanted a run in {self.path}, got none (no {CONFIG_FILE})")
             write_text(saved, config_to_toml(config))
             self._is_new = True
         elif not config.run.overwrite and (changed := differences(config_from_toml(saved), config)):
@@ -154,6 +157,7 @@ def opened(config: TrainConfig, world: World) -> Iterator[RunFolder]:
     folder = RunFolder(config)
     with contextlib.ExitStack() as stack:
         if world.is_main:
+            folder.require()
             stack.enter_context(written_alone(folder.path))
             folder.enter()
         barrier(world.group)
