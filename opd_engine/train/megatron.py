@@ -100,6 +100,7 @@ class MegatronTrainer:
             config,
             self.experiment.student,
             self.experiment.teachers,
+            longest_prompt=max(len(prompt.token_ids) for prompt in self.experiment.train),
             world_size=world.world_size,
             stage=self.groups.pp.rank(),
             device=world.device,

@@ -38,9 +38,12 @@ def shape_of(path: str | Path, *, argument: str) -> GPTShape:
     )
 
 
-def work_of(config: TrainConfig, dp: int) -> Work:
-    """The largest step the settings allow: every prompt and every completion as long as they may be."""
-    length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+def work_of(config: TrainConfig, dp: int, longest_prompt: int | None = None) -> Work:
+    """The largest step there can be: every completion as long as it may be, and every prompt.
+
+    longest_prompt: tokens; None: as long as the settings allow
+    """
+    length = (longest_prompt or config.data.max_prompt_tokens) + config.rollout.max_new_tokens
     share = -(-config.rollout.prompts * config.rollout.samples // dp)
     seqs = max(1, min(share, config.optimizer.micro_batch or share, config.opd.score_batch_tokens // length))
     new = config.rollout.max_new_tokens
@@ -57,7 +60,11 @@ def work_of(config: TrainConfig, dp: int) -> Work:
 
 
 def plan_run(
-    config: TrainConfig, student: str | Path, teachers: Mapping[str, str | Path], world_size: int
+    config: TrainConfig,
+    student: str | Path,
+    teachers: Mapping[str, str | Path],
+    world_size: int,
+    longest_prompt: int | None = None,
 ) -> list[StagePlan]:
     """The plan of a run on so many ranks. Raises: ValueError where they do not divide, or a shape is not known."""
     run = config.run
@@ -70,7 +77,7 @@ def plan_run(
     return plan_memory(
         shape_of(student, argument="student"),
         {name: shape_of(path, argument=f"teacher {name!r}") for name, path in teachers.items()},
-        work_of(config, dp),
+        work_of(config, dp, longest_prompt),
         tp=run.tp,
         pp=run.pp,
         dp=dp,
@@ -92,10 +99,10 @@ def dry_run(config: TrainConfig, world_size: int) -> str:
     return plan_table(plans, _title(config, world_size))
 
 
-def _title(config: TrainConfig, world_size: int) -> str:
+def _title(config: TrainConfig, world_size: int, longest_prompt: int | None = None) -> str:
     run = config.run
     dp = world_size // (run.tp * run.pp * run.cp)
-    work = work_of(config, dp)
+    work = work_of(config, dp, longest_prompt)
     return (
         f"memory plan: {world_size} ranks, tp {run.tp}, pp {run.pp}, dp {dp}, {run.dtype}, micro-batches of "
         f"{work.seqs} x {work.length} tokens, {work.micro_batches} a step"
@@ -105,7 +112,7 @@ def _title(config: TrainConfig, world_size: int) -> str:
 class RunMemory:
     """One rank's plan, printed by the first rank; begin before models are built, read at the end.
 
-    stage: the rank's pipeline stage
+    longest_prompt: tokens of the longest there is; stage: the rank's pipeline stage
     """
 
     def __init__(
@@ -114,14 +121,15 @@ class RunMemory:
         student: str | Path,
         teachers: Mapping[str, str | Path],
         *,
+        longest_prompt: int,
         world_size: int,
         stage: int,
         device: torch.device,
         shown: bool,
     ) -> None:
-        plans = plan_run(config, student, teachers, world_size)
+        plans = plan_run(config, student, teachers, world_size, longest_prompt)
         if shown:
-            print(plan_table(plans, _title(config, world_size)), flush=True)
+            print(plan_table(plans, _title(config, world_size, longest_prompt)), flush=True)
         self._planned, self._device = plans[stage], device
         self._moves = device.type == "cuda"
         if self._moves:
@@ -149,7 +157,7 @@ class RunMemory:
 
         Communicates: 32 bytes a rank over the group, all of whose ranks call.
         """
-        if self._moves:
+        if self._moves or not self._peak:
             self.look()  # on a CPU the checkpoint of the last step, whose copy may still be there, was preceded by one
         values = [self._planned.peak, self._peak - self._before, self._planned.saving, self._saving_peak - self._before]
         ranks = all_gather_stacked(torch.tensor(values, dtype=torch.float64, device=self._device), group).tolist()

@@ -79,8 +79,8 @@ def describe(summary: Mapping[str, Any], directory: str) -> str:
         for name, values in summary.get(key, {}).items():
             teacher = f" (teacher {values['teacher']:.3f})" if "teacher" in values else ""
             lines.append(f"{name}: {key} {values['before']:.4g} -> {values['after']:.4g}{teacher}")
-    if summary.get("memory"):
-        fullest = max(summary["memory"], key=lambda rank: rank["measured_bytes"])
+    fullest = max(summary.get("memory", ()), key=lambda rank: rank["measured_bytes"], default=None)
+    if fullest is not None and fullest["measured_bytes"] >= 2**28:  # of less, the libraries' own share is most
         planned, measured = fullest["planned_bytes"] / 2**30, fullest["measured_bytes"] / 2**30
         lines.append(
             f"memory of the fullest rank while training: {measured:.2f} GiB measured, {planned:.2f} planned "
