@@ -14,7 +14,6 @@ from opd_engine.bench.cases.workload import (
     float64_rows,
     gather_error,
     one_thread,
-    score_fields,
     twin,
 )
 from opd_engine.bench.logits import cold_copies, make_logits
@@ -33,7 +32,7 @@ def build(shape: Shape, device: torch.device) -> Workload:
     indices = topk_log_probs(logits, shape.k).indices  # the ids that a distillation step gathers
     flat = indices.reshape(shape.num_tokens, shape.k)
 
-    ours = Impl("opd_engine", lambda z: score_fields(gather_log_probs(z, indices)), prepare=copies.__getitem__)
+    ours = Impl("opd_engine", lambda z: gather_log_probs(z, indices), prepare=copies.__getitem__)
     impls, absent = [ours], {}
     if shape.num_tokens == 1:
         impls.append(one_thread(ours))

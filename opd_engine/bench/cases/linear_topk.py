@@ -10,7 +10,7 @@ from torch import Tensor
 from opd_engine import linear_topk_log_probs, topk_log_probs
 from opd_engine.bench.cases import eager
 from opd_engine.bench.cases.linear_inputs import float64_logits, least_work, make_inputs, workspace_ablations
-from opd_engine.bench.cases.workload import Workload, score_fields, topk_error
+from opd_engine.bench.cases.workload import Workload, topk_error
 from opd_engine.bench.logits import checked_rows
 from opd_engine.bench.shapes import Shape
 from opd_engine.bench.timing import Impl
@@ -23,10 +23,10 @@ def build(shape: Shape, device: torch.device) -> Workload:
 
     def ours(workspace_bytes: int | None = None) -> Impl:
         call = partial(linear_topk_log_probs, hidden, weight, shape.k, workspace_bytes=workspace_bytes)
-        return Impl("opd_engine", lambda _: score_fields(call()))
+        return Impl("opd_engine", lambda _: call())
 
     def through_logits(_: int) -> dict[str, Tensor]:
-        return score_fields(topk_log_probs(hidden @ weight.t(), shape.k))
+        return topk_log_probs(hidden @ weight.t(), shape.k)
 
     impls = [ours(), Impl("opd_ablation_through_logits", through_logits)]
     if shape.baselines:

@@ -7,14 +7,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from opd_engine import topk_log_probs
+from opd_engine import TokenScores, topk_log_probs
 from opd_engine.bench.cases import competitors, eager, sharded
 from opd_engine.bench.cases.workload import (
     STATS_FLOPS,
     Workload,
     float64_rows,
     one_thread,
-    score_fields,
     topk_error,
     twin,
 )
@@ -35,7 +34,7 @@ def build(shape: Shape, device: torch.device) -> Workload:
     rows = checked_rows(shape)
     truth = topk_error(shape, float64_rows(logits, shape))
     warm = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=device).copy_(logits)
-    ours = Impl("opd_engine", lambda z: score_fields(topk_log_probs(z, shape.k)), prepare=copies.__getitem__)
+    ours = Impl("opd_engine", lambda z: topk_log_probs(z, shape.k), prepare=copies.__getitem__)
     copy = Impl("torch_copy", warm.copy_, prepare=copies.__getitem__)
     impls, absent = [ours, copy], {}
     if shape.num_tokens == 1:
@@ -53,7 +52,7 @@ def build(shape: Shape, device: torch.device) -> Workload:
         more, absent = competitors.topk(shape, device, copies)
         impls += more
 
-    def error(got: dict[str, Tensor] | Tensor) -> float:
+    def error(got: TokenScores | dict[str, Tensor] | Tensor) -> float:
         # The copy is checked on the same rows: in float64 all of them would not fit beside 1e9 logits.
         return max_abs_err(take_rows(got, rows), take_rows(logits, rows)) if isinstance(got, Tensor) else truth(got)
 

@@ -44,19 +44,22 @@ class Workload:
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def score_fields(scores: TokenScores) -> dict[str, Tensor]:
-    """A TokenScores as flat fields, which is how the checks take every result."""
+def score_fields(scores: TokenScores | Fields) -> Fields:
+    """A TokenScores as flat fields, which is how the checks take every result; no part of what is timed."""
+    if not isinstance(scores, TokenScores):
+        return scores
     flat = {name: getattr(scores, name).reshape(-1) for name in ("tail_log_prob", "lse", "entropy")}
     k = scores.k
     return {"indices": scores.indices.reshape(-1, k), "log_probs": scores.log_probs.reshape(-1, k), **flat}
 
 
-def topk_error(shape: Shape, logits: Tensor) -> Callable[[Fields], float]:
+def topk_error(shape: Shape, logits: Tensor) -> Callable[[TokenScores | Fields], float]:
     """The check of top-k scores: logits are [n, vocab_size] float64, the checked rows alone."""
     truth = reference.topk_scores(logits, shape.k)
     rows = checked_rows(shape)
 
-    def error(got: Fields) -> float:
+    def error(answer: TokenScores | Fields) -> float:
+        got = score_fields(answer)
         indices = got["indices"].cpu()[rows]
         ours = reference.scores(logits, indices)
         # Equal logits may stand in any order, but the ids must hold the k largest, in descending order.
@@ -66,11 +69,11 @@ def topk_error(shape: Shape, logits: Tensor) -> Callable[[Fields], float]:
     return error
 
 
-def gather_error(shape: Shape, logits: Tensor, indices: Tensor) -> Callable[[Fields], float]:
+def gather_error(shape: Shape, logits: Tensor, indices: Tensor) -> Callable[[TokenScores | Fields], float]:
     """The check of gathered scores; indices [T, k] are those asked for."""
     rows = checked_rows(shape)
     truth = reference.scores(logits, indices.cpu()[rows])
-    return lambda got: _fields_error(got, truth, rows)
+    return lambda answer: _fields_error(score_fields(answer), truth, rows)
 
 
 def _fields_error(got: Fields, truth: Fields, rows: Tensor) -> float:
