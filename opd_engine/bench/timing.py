@@ -58,7 +58,9 @@ def interleave(
     """Samples in microseconds of each implementation, in rounds; the order within a round rotates.
 
     seconds: rounds go on until this is spent, but for min_rounds and max_rounds
-    calls: of a sample on a CPU, one after another, each on a buffer of its own; the sample is their mean
+    calls: of a sample on a CPU, one after another, each on a buffer of its own; the sample is their mean. As many go
+        before them untimed: what another implementation leaves behind (evicted code, spinning threads, memory on its
+        way back to the system) is longer than such a call
     threads: of implementations that do not say; None leaves the number alone
     """
     calls = 1 if device.type == "cuda" else calls
@@ -82,6 +84,8 @@ def interleave(
                 if device.type == "cpu" and torch.get_num_threads() != wanted:
                     torch.set_num_threads(wanted)
                     number = _untimed(impl, number, num_buffers)  # the pool starts or ends threads now
+                for _ in range(calls if calls > 1 else 0):
+                    number = _untimed(impl, number, num_buffers)
                 numbers = [(number + call) % num_buffers for call in range(calls)]
                 samples[which].append(sample(impl, numbers))
                 if impl.restore is not None:
