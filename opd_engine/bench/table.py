@@ -16,6 +16,8 @@ IMPL_NAMES = {
     "torch_compile_cheap_tail": "torch.compile, tail as log(1 - sum)",
     "torch_copy": "copy of the logits",
     "opd_ablation_one_thread": "ours on one thread",
+    "opd_ablation_op": "the op alone",
+    "opd_ablation_op_one_thread": "the op alone on one thread",
     "opd_ablation_random_rows": "ours on random rows",
     "opd_ablation_k64": "ours with k = 64",
     "opd_ablation_one_pass": "`distill_loss_`, one read",

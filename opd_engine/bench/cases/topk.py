@@ -39,6 +39,9 @@ def build(shape: Shape, device: torch.device) -> Workload:
     impls, absent = [ours, copy], {}
     if shape.num_tokens == 1:
         impls.append(one_thread(ours))
+        # The op by itself: what a thread more brings to the kernel, without the checks in Python before it.
+        op = Impl("opd_ablation_op", lambda z: _by_op(z, shape), prepare=copies.__getitem__)
+        impls += [op, dataclasses.replace(one_thread(op), name="opd_ablation_op_one_thread")]
     if shape.pattern != "random":
         random = dataclasses.replace(shape, pattern="random", baselines=False)
         impls.append(twin("opd_ablation_random_rows", build(random, device)))
@@ -52,8 +55,16 @@ def build(shape: Shape, device: torch.device) -> Workload:
         more, absent = competitors.topk(shape, device, copies)
         impls += more
 
-    def error(got: TokenScores | dict[str, Tensor] | Tensor) -> float:
+    def error(got: TokenScores | dict[str, Tensor] | tuple[Tensor, ...] | Tensor) -> float:
         # The copy is checked on the same rows: in float64 all of them would not fit beside 1e9 logits.
-        return max_abs_err(take_rows(got, rows), take_rows(logits, rows)) if isinstance(got, Tensor) else truth(got)
+        if isinstance(got, Tensor):
+            return max_abs_err(take_rows(got, rows), take_rows(logits, rows))
+        if isinstance(got, tuple):
+            got = dict(zip(("indices", "log_probs", "tail_log_prob", "lse", "entropy"), got))
+        return truth(got)
 
     return Workload(impls, error, bytes_moved, flops, len(copies), absent)
+
+
+def _by_op(logits: Tensor, shape: Shape) -> tuple[Tensor, ...]:
+    return torch.ops.opd_engine.topk_log_probs(logits, shape.k, None, shape.vocab_size, 1.0, None)
