@@ -80,6 +80,7 @@ class TopkBuffer {
 
 // Of the following row, asked for during pass 2: beside a row of 150,000 float32 it fits a second cache of 1 MiB.
 constexpr int64_t kAheadBytes = 256 << 10;
+constexpr int64_t kPageBytes = 4096;
 
 // Vectors of running maxima in pass 1, a power of two: lane l of vector j holds the maximum of the columns that are
 // l + j lanes modulo the whole. 0 when the row is too short to gain from a floor.
@@ -101,6 +102,9 @@ C find_floor(const Scalar* logits, int64_t valid, int64_t k, int64_t vectors, Ve
     const Chunk<Scalar> chunk(logits + start, std::min(kChunk<C>, valid - start));
     for (int64_t g = 0; g < chunk.count(); ++g, slot += 8) {
       VecOf<C>* group = maxima + (slot & (vectors - 1));
+      // A page ahead, whose address is then translated before it is needed; the row is read from memory here.
+      const Scalar* ahead = logits + start + g * kGroup<C> + kPageBytes / static_cast<int64_t>(sizeof(Scalar));
+      for (int64_t i = 0; i < kGroup<C>; i += 64 / sizeof(Scalar)) __builtin_prefetch(ahead + i, 0, 2);
       chunk.visit(g, [group](const auto& read) {
         for (int v = 0; v < 8; ++v) group[v] = max<C>(read(v), group[v]);
       });
