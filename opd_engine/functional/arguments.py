@@ -32,9 +32,7 @@ class LogitRows(NamedTuple):
     row_temperature: Tensor | None  # [num_rows], wins over temperature
 
 
-@functools.lru_cache(maxsize=64)
-def _whole_vocab(vocab_size: int) -> VocabShard:
-    return VocabShard(0, vocab_size, vocab_size)
+_cached_shard = functools.lru_cache(maxsize=64)(VocabShard)
 
 
 def debugging() -> bool:
@@ -65,7 +63,9 @@ def check_rows(
     if shard is None:
         if logits.size(-1) < 1:
             raise ValueError(f"{name}: wanted at least one column, got shape {tuple(logits.shape)}")
-        shard = _whole_vocab(logits.size(-1))
+        # A traced graph would warn of the cache.
+        make = VocabShard if torch.compiler.is_compiling() else _cached_shard
+        shard = make(0, logits.size(-1), logits.size(-1))
     elif not isinstance(shard, VocabShard):
         raise ValueError(f"shard: wanted a VocabShard or None, got {type(shard).__name__}")
     elif logits.size(-1) != shard.local_vocab_size:
