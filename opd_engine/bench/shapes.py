@@ -173,8 +173,8 @@ def _linear() -> Plan:
 
 def _model() -> Plan:
     """Two lengths: the difference of their peaks is what a token costs, however large the models are."""
-    head = Shape(128, 151_936, hidden_size=1_024)
-    return [("step", head), ("step", dataclasses.replace(head, num_tokens=256))]
+    head = Shape(64, 151_936, hidden_size=1_024)
+    return [("step", head), ("step", dataclasses.replace(head, num_tokens=128))]
 
 
 def _model_gpu() -> Plan:
@@ -227,7 +227,7 @@ SETS: dict[str, tuple[str, Callable[[], Plan]]] = {
     "patterns": ("ours alone, rows that hurt a threshold: sorted, constant, periodic, spiky", _patterns),
     "linear": ("2,048 x 65,536 from hidden states of 512: the LM head and the loss, ten minutes", _linear),
     "linear-gpu": ("8,192 x 151,936 from hidden states of 1,024 to 4,096, whole and one of 8 shards", _linear_gpu),
-    "model": ("a step of a Qwen3-0.6B's shape on 128 and 256 tokens, logits made or not: ten minutes", _model),
+    "model": ("a step of a Qwen3-0.6B's shape on 64 and 128 tokens, logits made or not: five minutes", _model),
     "model-gpu": ("the same on 8,192 and 16,384 tokens in bfloat16", _model_gpu),
     "sweep": ("every vocabulary, T, k, dtype, mask and layout: hours; resume with --out", _sweep),
 }
