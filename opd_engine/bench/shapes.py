@@ -172,7 +172,7 @@ def _linear() -> Plan:
 
 
 def _model() -> Plan:
-    """Two lengths: the difference of their peaks is what a token costs, however large the models are."""
+    """Two lengths, as long as a CPU does in minutes; what a long sequence holds shows on a GPU."""
     head = Shape(64, 151_936, hidden_size=1_024)
     return [("step", head), ("step", dataclasses.replace(head, num_tokens=128))]
 
