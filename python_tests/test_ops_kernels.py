@@ -113,6 +113,24 @@ def test_one_op_for_the_whole_vocabulary_is_partials_and_merge(rows, dtype):
         OPS.topk_log_probs(logits, 30, target, 140_001, 0.8, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_few_rows_of_a_fused_loss_are_cut_and_give_what_many_give(dtype):
+    """Three rows take passes over pieces, the same rows among twenty the fused kernel; one is masked."""
+    score = torch.float64 if dtype == torch.float64 else torch.float32
+    logits = torch.randn(3, 140_000).to(dtype)
+    ids = OPS.topk_log_probs(logits, 30, None, 139_990, 1.0, None)[0]
+    teacher = torch.log_softmax(torch.randn(3, 31, dtype=score), -1)
+    given = (ids, teacher[:, :-1].contiguous(), teacher[:, -1].contiguous(), torch.tensor([0.5, 0.0, 1.5], dtype=score))
+    options = ("jsd", 0.3, 0.1, "bucket", None, 139_990, 0.8, None)
+    few, many = logits.clone(), logits.repeat(7, 1)
+    loss = OPS.distill_loss_(few, *given, *options)
+    losses = OPS.distill_loss_(many, *(part.repeat(7, *[1] * (part.dim() - 1)) for part in given), *options)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(loss, losses[:3], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(few, many[:3], rtol=0.01 if dtype == torch.bfloat16 else tolerance, atol=tolerance)
+    assert not few[1].any() and few[0].any()
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     threads = torch.get_num_threads()
     logits, ids = torch.randn(3, 100_003), torch.arange(0, 90_000, 1000)[None].expand(3, -1).contiguous()

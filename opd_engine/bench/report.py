@@ -6,13 +6,13 @@ Generated text stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; all
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from opd_engine.bench import plots
 from opd_engine.bench.goals import GOALS, find
 from opd_engine.bench.record import BenchRecord, read_records
-from opd_engine.bench.shapes import PATTERNS, Shape, plan, shape_text
+from opd_engine.bench.shapes import PATTERNS, Plan, Shape, plan, shape_text
 from opd_engine.bench.table import IMPL_NAMES, digits, duration, markdown, size, times_ours
 
 _HEAD_CASES = {
@@ -81,26 +81,30 @@ def goals(records: Records) -> str:
     return markdown(["256 x 151,936, k = 64, float32 unless said", "asked", "measured", "reached"], rows)
 
 
+def _every_implementation(records: Records, chosen: Plan) -> Iterator[tuple[list[str], BenchRecord]]:
+    """([what it is, its median, times ours], its record) of whoever was measured beside ours."""
+    for case, shape in chosen:
+        ours = find(records, case, shape)
+        for impl in dict.fromkeys(record.impl for record in records):
+            record = find(records, case, shape, impl)
+            if record is None or ours is None:
+                continue
+            name = f"{case} {shape_text(record)} {record.dtype}: {IMPL_NAMES.get(impl, impl)}"
+            times = "1" if impl == "opd_engine" else digits(times_ours(record, ours))
+            yield [name, duration(record.median_us), times], record
+
+
 def _implementations(records: Records, cases: Sequence[str], shapes: Sequence[Shape]) -> str:
     """Every implementation of some cases at some shapes."""
-    rows = []
-    for case in cases:
-        for shape in shapes:
-            ours = find(records, case, shape)
-            for impl in dict.fromkeys(record.impl for record in records):
-                record = find(records, case, shape, impl)
-                if record is None or ours is None:
-                    continue
-                rows.append(
-                    [
-                        f"{case} {shape_text(record)} {record.dtype}: {IMPL_NAMES.get(impl, impl)}",
-                        duration(record.median_us),
-                        "1" if impl == "opd_engine" else digits(times_ours(record, ours)),
-                        digits(record.bytes_moved / record.median_us / 1e3),
-                        f"{record.floor_fraction:.0%}",
-                        f"{record.max_abs_err:.1e}",
-                    ]
-                )
+    rows = [
+        [
+            *named,
+            digits(record.bytes_moved / record.median_us / 1e3),
+            f"{record.floor_fraction:.0%}",
+            f"{record.max_abs_err:.1e}",
+        ]
+        for named, record in _every_implementation(records, [(case, shape) for case in cases for shape in shapes])
+    ]
     return markdown(["", "median", "x ours", "GB/s of the least bytes", "of the floor", "max abs error"], rows)
 
 
@@ -175,24 +179,16 @@ def patterns(records: Records) -> str:
 
 def linear(records: Records) -> str:
     """From hidden states and the LM head: every implementation, its share of the matrix rate and its memory."""
-    rows = []
-    for case, shape in plan("linear", (), ()):
-        ours = find(records, case, shape)
-        for impl in dict.fromkeys(record.impl for record in records):
-            record = find(records, case, shape, impl)
-            if record is None or ours is None:
-                continue
-            rows.append(
-                [
-                    f"{case} {shape_text(record)} {record.dtype}: {IMPL_NAMES.get(impl, impl)}",
-                    duration(record.median_us),
-                    "1" if impl == "opd_engine" else digits(times_ours(record, ours)),
-                    digits(record.tflops * 1e3),
-                    f"{record.tflops / record.matmul_tflops:.0%}",
-                    size(record.peak_extra_bytes),
-                    f"{record.max_abs_err:.1e}",
-                ]
-            )
+    rows = [
+        [
+            *named,
+            digits(record.tflops * 1e3),
+            f"{record.tflops / record.matmul_tflops:.0%}",
+            size(record.peak_extra_bytes),
+            f"{record.max_abs_err:.1e}",
+        ]
+        for named, record in _every_implementation(records, plan("linear", (), ()))
+    ]
     header = ["", "median", "x ours", "GFLOP/s of the least products", "of the matrix rate"]
     return markdown([*header, "extra memory", "max abs error"], rows)
 
