@@ -126,10 +126,12 @@ def _load(target: str):
 
 def _worker(folder: Path) -> None:
     import datetime
+    import faulthandler
 
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     job = json.loads((folder / "job.json").read_text())
@@ -141,6 +143,10 @@ def _worker(folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A cycle may keep the group and with it gloo's threads; one that frees a tensor while Python shuts down aborts.
+    os._exit(0)
 
 
 if __name__ == "__main__":
