@@ -46,6 +46,12 @@ def main(function: str) -> None:
         scores = opd_engine.linear_gather_log_probs(hidden[some], weight, ids[some])
         backward(scores.log_probs.sum() + scores.tail_log_prob.sum())
 
+    def gather_bfloat16(rows=ROWS):
+        some = slice(rows)
+        mine = hidden[some].detach().bfloat16().requires_grad_(), weight.detach().bfloat16().requires_grad_()
+        scores = opd_engine.linear_gather_log_probs(*mine, ids[some])
+        torch.autograd.grad(scores.log_probs.sum() + scores.tail_log_prob.sum(), mine)
+
     def topk(rows=ROWS):
         opd_engine.linear_topk_log_probs(hidden[:rows], weight, K)
 
@@ -57,9 +63,8 @@ def main(function: str) -> None:
         scores = opd_engine.gather_log_probs(hidden[:rows] @ weight.t(), ids[:rows])
         backward(opd_engine.distill_loss(scores, teacher.select(slice(rows))).sum())
 
-    call = {"distill": distill, "gather": gather, "topk": topk, "full": full, "through_logits": through_logits}[
-        function
-    ]
+    known = (distill, gather, gather_bfloat16, topk, full, through_logits)
+    call = {known_call.__name__: known_call for known_call in known}[function]
     call(8)  # what libraries allocate once is not the call's
     print(json.dumps(grown(lambda: call(FEWER_ROWS.get(function, ROWS)))))
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import opd_engine
 from opd_engine import TokenScores, distill_loss, gather_log_probs, linear_distill_loss, linear_full_distill_loss
 from opd_engine.functional.linear_arguments import default_workspace_bytes
-from opd_engine.functional.linear_chunks import ChunkLogits, rows_a_chunk, take_turns
+from opd_engine.functional.linear_chunks import ChunkLogits, rows_a_chunk, take_turns, tiles_of
 
 ROWS, HIDDEN, VOCAB, K = 10, 6, 31, 4
 
@@ -79,6 +79,24 @@ def test_rows_a_chunk_follow_the_formula():
         linear_full_distill_loss(hidden, weight, hidden.detach(), weight.detach(), workspace_bytes=10 * row)
     assert seen == [5] * 4
     assert rows_a_chunk(64 << 20, 65_536 * 4) == 256
+
+
+@pytest.mark.parametrize("num_rows, width, num_logits", [(10, 44, 44), (7, 999, 900), (1, 5, 1), (0, 44, 9), (3, 0, 9)])
+def test_tiles_cover_every_logit_once_and_fit(num_rows, width, num_logits):
+    seen = torch.zeros(num_rows, width, dtype=torch.int64)
+    rows, columns = tiles_of(num_rows, width, num_logits)
+    for part in rows:
+        for block in columns:
+            seen[part, block] += 1
+            assert seen[part, block].numel() <= num_logits
+    assert (seen == 1).all()
+
+
+def test_tiles_are_tall_or_square():
+    blocks = [slice(start, start + 8_192) for start in range(0, 65_536, 8_192)]
+    assert tiles_of(2_048, 65_536, 1 << 24) == ([slice(0, 2_048)], blocks)
+    rows, columns = tiles_of(32_768, 151_936, 1 << 24)
+    assert len(rows) == 8 and rows[0] == slice(0, 4_096) and {block.start % 64 for block in columns} == {0}
 
 
 def test_default_workspace():

@@ -1,4 +1,7 @@
-"""Logits of a chunk of rows at a time, in buffers that every chunk reuses, and the matrix products of their gradients.
+"""Logits of a chunk or a tile at a time, in buffers that all of them reuse, and the products of their gradients.
+
+A chunk is some rows of all columns: what a row's statistics need. Where these are known a tile will do, some columns of
+some rows, and no gradient of the weight has to wait for other rows (docs/math.md (59), (60)).
 
 Bound: arithmetic, one GEMM forward and two backward. The buffers are all of [*, vocab] that exists: a kernel writes the
 gradient over the logits before the next chunk does. Products go to torch (cuBLAS, or the CPU's library).
@@ -7,6 +10,7 @@ gradient over the logits before the next chunk does. Products go to torch (cuBLA
 from __future__ import annotations
 
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -53,6 +57,21 @@ def rows_a_chunk(workspace_bytes: int, row_bytes: int) -> int:
     return max(1, workspace_bytes // row_bytes)
 
 
+def tiles_of(num_rows: int, width: int, num_logits: int) -> tuple[list[slice], list[slice]]:
+    """(rows, columns) that cut [num_rows, width] into tiles of at most num_logits, about as tall as wide.
+
+    Tall enough tiles have all rows, so that a block of the weight's gradient is one product; wide ones make the hidden
+    gradient's accumulator travel less. Blocks of columns are of one width, a multiple of 64 where there are that many.
+    """
+    tall = max(1, min(num_rows, math.isqrt(num_logits)))
+    wide = max(1, num_logits // tall)
+    if wide < width:
+        step = 64 if wide >= 64 else 1
+        blocks = -(-width // (wide // step * step))
+        wide = -(-width // (blocks * step)) * step
+    return chunks_of(num_rows, tall) or [slice(0, 0)], chunks_of(width, max(1, wide))
+
+
 def take_turns(chunks: Iterable[Iterator[None]], in_flight: int) -> None:
     """Run chunks that yield after starting a collective, up to in_flight of them at a time.
 
@@ -82,24 +101,26 @@ def _step(chunk: Iterator[None]) -> bool:
 
 
 class ChunkLogits:
-    """The logits of one chunk at a time: round(hidden W^T + b), soft-capped (docs/math.md (53), (54))."""
+    """The logits of one chunk or tile at a time: round(hidden W^T + b), soft-capped (docs/math.md (53), (54))."""
 
-    def __init__(self, head: Head, max_rows: int, *, with_gradient: bool) -> None:
+    def __init__(self, head: Head, max_rows: int, *, with_gradient: bool, max_columns: int | None = None) -> None:
         self.head = head
-        width = head.weight.size(0)
-        self._logits = head.weight.new_empty((max_rows, width))
+        width = head.weight.size(0) if max_columns is None else max_columns
+        self._logits = head.weight.new_empty((max_rows * width,))
         keep = with_gradient and head.softcap is not None
         self._uncapped = torch.empty_like(self._logits) if keep else None
 
-    def compute(self, hidden: Tensor) -> Tensor:
-        """[n, vocab_shard_size] for hidden [n, hidden_size]; valid until the next call."""
-        head, rows = self.head, hidden.size(0)
-        logits = self._logits[:rows]
-        raw = logits if self._uncapped is None else self._uncapped[:rows]
+    def compute(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
+        """[n, columns] for hidden [n, hidden_size]; valid until the next call."""
+        head = self.head
+        weight = head.weight[columns]
+        shape = hidden.size(0), weight.size(0)
+        logits = self._logits[: shape[0] * shape[1]].view(shape)
+        raw = logits if self._uncapped is None else self._uncapped[: logits.numel()].view(shape)
         if head.bias is None:
-            torch.mm(hidden, head.weight.t(), out=raw)
+            torch.mm(hidden, weight.t(), out=raw)
         else:
-            torch.addmm(head.bias, hidden, head.weight.t(), out=raw)  # the bias joins before the one rounding
+            torch.addmm(head.bias[columns], hidden, weight.t(), out=raw)  # the bias joins before the one rounding
         if head.softcap is not None:
             for block in _blocks(raw):
                 capped = _tanh(raw.view(-1)[block], head.softcap).mul_(head.softcap)
@@ -107,12 +128,12 @@ class ChunkLogits:
         return logits
 
     def uncap_(self, grad: Tensor) -> None:
-        """The gradient with respect to the logits becomes that before the soft-cap, (55)."""
+        """The gradient with respect to the logits of the last call becomes that before the soft-cap, (55)."""
         if self._uncapped is None:
             return
         for block in _blocks(grad):
             wide = grad.view(-1)[block].to(wide_dtype(grad.dtype))
-            slope = _tanh(self._uncapped[: grad.size(0)].view(-1)[block], self.head.softcap).square_().neg_().add_(1)
+            slope = _tanh(self._uncapped[: grad.numel()][block], self.head.softcap).square_().neg_().add_(1)
             # Rows without upstream gradient may hold NaN, and padding anything: 0 x NaN is not 0.
             grad.view(-1)[block] = (wide * slope).masked_fill_(wide == 0, 0)
 
@@ -153,7 +174,7 @@ class HeadGradients:
     def add(self, rows: slice, grad_logits: Tensor, hidden: Tensor) -> None:
         """One chunk's part: grad_logits [n, vocab_shard_size], its hidden states [n, hidden_size]."""
         if self.hidden is not None:
-            multiply_wide(grad_logits, self.head.weight, self.hidden[rows])
+            multiply_wide(grad_logits, self.head.weight, self.hidden[rows], accumulate=False)
         if self.weight is not None:
             multiply_transposed_wide(grad_logits, hidden, self.weight, accumulate=self._weight_is_set)
             self._weight_is_set = True
@@ -167,28 +188,78 @@ class HeadGradients:
         return self
 
 
-def multiply_wide(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right; out is wide, the factors may be half precision."""
+class TileGradients:
+    """Gradients of hidden states, weight and bias over all tiles, a block of columns after another.
+
+    A block's rows of the weight's gradient are complete and rounded before the next block begins: nothing of
+    [vocab_shard_size, hidden_size] accumulates wide. The members are those of HeadGradients.
+    """
+
+    def __init__(
+        self, head: Head, num_rows: int, needs: tuple[bool, bool, bool], weight_into: Tensor | None = None
+    ) -> None:
+        """Arguments as of HeadGradients."""
+        wide = wide_dtype(head.weight.dtype)
+        width, hidden_size = head.weight.shape
+        self.head = head
+        self.hidden = head.weight.new_zeros((num_rows, hidden_size), dtype=wide) if needs[0] else None
+        self.weight = weight_into
+        if needs[1] and weight_into is None:
+            self.weight = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
+        self.bias = head.weight.new_zeros((width,), dtype=wide) if needs[2] else None
+        self.is_added = weight_into is not None
+        self._num_rows = num_rows
+        self._block: Tensor | None = None  # the wide sum of a block of columns whose tiles are several
+
+    def add(self, rows: slice, columns: slice, grad_logits: Tensor, hidden: Tensor) -> None:
+        """One tile's part, a block's rows in order: grad_logits [n, columns], its hidden states [n, hidden_size]."""
+        if self.hidden is not None:
+            multiply_wide(grad_logits, self.head.weight[columns], self.hidden[rows], accumulate=True)
+        if self.weight is not None:
+            self._add_to_weight(rows, self.weight[columns], grad_logits, hidden)
+        if self.bias is not None:
+            self.bias[columns] += torch.sum(grad_logits, 0, dtype=self.bias.dtype)
+
+    def _add_to_weight(self, rows: slice, block: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+        is_first, is_last = rows.start == 0, rows.stop == self._num_rows
+        if self.is_added or block.dtype == wide_dtype(block.dtype):
+            multiply_transposed_wide(grad_logits, hidden, block, accumulate=self.is_added or not is_first)
+        elif is_first and is_last:
+            torch.mm(grad_logits.t(), hidden, out=block)  # accumulates wide, rounds once
+        else:
+            if is_first:
+                self._block = torch.empty_like(block, dtype=wide_dtype(block.dtype))
+            multiply_transposed_wide(grad_logits, hidden, self._block, accumulate=not is_first)
+            if is_last:
+                block.copy_(self._block)
+                self._block = None
+
+
+def multiply_wide(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool) -> None:
+    """out (+)= left @ right; out is wide, the factors may be half precision."""
+    beta = 1 if accumulate else 0
     if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
+        out.addmm_(left, right, beta=beta)
     elif left.is_cuda:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
+        torch.addmm(out, left, right, out_dtype=out.dtype, beta=beta, out=out)
     else:  # no CPU library multiplies bfloat16 into float32: widen what fits a cache
-        out.zero_()
+        if not accumulate:
+            out.zero_()
         for columns in _column_blocks(left, right):
             out.addmm_(left[:, columns].to(out.dtype), right[columns].to(out.dtype))
 
 
 def multiply_transposed_wide(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool) -> None:
     """out (+)= left^T @ right; out is wide, the factors may be half precision."""
+    beta = 1 if accumulate else 0
     if left.dtype == out.dtype:
-        out.addmm_(left.t(), right, beta=1 if accumulate else 0)
+        out.addmm_(left.t(), right, beta=beta)
     elif left.is_cuda:
-        torch.addmm(out, left.t(), right, out_dtype=out.dtype, beta=1 if accumulate else 0, out=out)
+        torch.addmm(out, left.t(), right, out_dtype=out.dtype, beta=beta, out=out)
     else:
         wide = right.to(out.dtype)
         for columns in _column_blocks(left, out):
-            out[columns].addmm_(left[:, columns].to(out.dtype).t(), wide, beta=1 if accumulate else 0)
+            out[columns].addmm_(left[:, columns].to(out.dtype).t(), wide, beta=beta)
 
 
 def _column_blocks(left: Tensor, of_columns: Tensor) -> Iterator[slice]:

@@ -1,8 +1,9 @@
 """linear_topk_log_probs and linear_gather_log_probs: scores from hidden states and the LM head, without [T, V].
 
 Bound: arithmetic, one GEMM (gather's backward: three, for the logits are computed again). Chunks of logits live in a
-workspace; what stays of them is [T, k]. Under tensor parallelism each chunk's packed partials travel while the next
-chunk is multiplied, and the hidden gradient is summed over ranks once.
+workspace; what stays of them is [T, k]. A backward cuts tiles: of the weight's size it makes the gradient, nothing more.
+Under tensor parallelism each chunk's packed partials travel while the next chunk is multiplied, and the hidden gradient
+is summed over ranks once.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from opd_engine.functional.linear_arguments import (
 )
 from opd_engine.functional.linear_chunks import (
     ChunkLogits,
-    HeadGradients,
+    TileGradients,
     chunks_of,
     outside_graphs,
     rows_a_chunk,
     take_turns,
+    tiles_of,
 )
 from opd_engine.functional.linear_gradients import deliver_hidden_gradient, deliver_weight_gradient, weight_accumulator
 from opd_engine.functional.token_scores import TokenScores
@@ -136,9 +138,9 @@ def linear_gather_log_probs(
     sequence_parallel: bool = False,
     workspace_bytes: int | None = None,
 ) -> TokenScores:
-    """gather_log_probs of the LM head's logits, without the logits: the backward computes them again, chunk by chunk.
+    """gather_log_probs of the LM head's logits, without the logits: the backward computes them again, tile by tile.
 
-    Equation: docs/math.md (53), (54) for the logits, then (6) to (13); backward (36), (55), (56), shards (57)
+    Equation: docs/math.md (53), (54) for the logits, then (6) to (13); backward (36), (55), (56), (60), shards (57)
     hidden: [*, hidden_size], float64, float32, bfloat16 or float16; the same on every rank of tp_group, or, with
         sequence_parallel, this rank's block of dim 0
     weight: [vocab_shard_size, hidden_size] of hidden's dtype: the LM head's rows of this shard (a tied embedding's too)
@@ -149,8 +151,8 @@ def linear_gather_log_probs(
     logit_softcap: c > 0 for logits of c tanh(z / c), or None
     shard: which rows of the head these are; None means the whole vocabulary
     sequence_parallel: hidden states are split over tp_group on dim 0; every output has all T rows
-    workspace_bytes: as in linear_topk_log_probs; with a soft-cap the backward holds two buffers, so a chunk has half
-        the rows
+    workspace_bytes: as in linear_topk_log_probs; the backward's tiles fit in it, a row's logits at least, two buffers
+        of them with a soft-cap. The weight's gradient needs no wider copy of itself
     Returns: TokenScores as of gather_log_probs, [*, k].
     Raises: ValueError where an argument is not as above; under debug as in gather_log_probs.
     Communicates: forward, a chunk at a time and overlapped with the next chunk's product, one all-gather of
@@ -161,7 +163,7 @@ def linear_gather_log_probs(
     Mutates: weight.main_grad, in backward, where the weight carries one: the gradient is added there, then
         weight.grad_added_to_main_grad is set where it exists, and autograd sees zeros (None where it does not exist).
     Precision: as in linear_topk_log_probs; the gradient of the logits is rounded to their dtype, its products
-        accumulate in float32 (float64 for float64) over all chunks, and are rounded last.
+        accumulate in float32 (float64 for float64) over all tiles, and are rounded last.
     Grad: for hidden, weight and bias, once differentiable; each rank's weight and bias gradients are its rows of the
         one-process gradient, its hidden gradient is the whole one (its block under sequence_parallel).
     """
@@ -191,10 +193,7 @@ def _gather(hidden: Tensor, job: _GatherJob) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class _GatherJob:
-    """All that is constant in one call, and the chunks of its forward and of its backward.
-
-    Both cut the rows alike: products of the same shapes give the same bits, so the statistics fit the logits.
-    """
+    """All that is constant in one call: chunks of rows in its forward, tiles in its backward, which knows lse."""
 
     rows: LinearRows
     indices: Tensor  # [T, k]
@@ -202,8 +201,15 @@ class _GatherJob:
 
     def chunk_rows(self) -> int:
         shard = self.rows.shard
-        row_bytes = self.rows.head.row_bytes(shard.vocab_size, shard.tp_size, with_gradient=True)
+        row_bytes = self.rows.head.row_bytes(shard.vocab_size, shard.tp_size, with_gradient=False)
         return rows_a_chunk(self.rows.workspace_bytes, row_bytes)
+
+    def tile_logits(self) -> int:
+        """A row of logits at least, as in a chunk."""
+        shard = self.rows.shard
+        one_row = -(-shard.vocab_size // shard.tp_size)
+        row_bytes = self.rows.head.row_bytes(shard.vocab_size, shard.tp_size, with_gradient=True)
+        return max(one_row, self.rows.workspace_bytes * one_row // row_bytes)
 
     def row_arguments(self, part: slice) -> tuple[Tensor, Tensor | None, tuple[float, Tensor | None]]:
         rows = self.rows
@@ -243,22 +249,22 @@ class _GatherJob:
         return [torch.cat(columns) for columns in zip(*parts, strict=True)]
 
     def gradients(
-        self, hidden: Tensor, head: Head, stats: Tensor, upstream: Tensor, gradients: HeadGradients
-    ) -> HeadGradients:
-        """Every chunk's logits again, their gradient over them, its products."""
+        self, hidden: Tensor, head: Head, stats: Tensor, upstream: Tensor, gradients: TileGradients
+    ) -> TileGradients:
+        """Every tile's logits again, their gradient over them, its products. To the kernel a block is a shard."""
         shard = self.rows.shard
-        size = self.chunk_rows()
-        buffer = ChunkLogits(head, min(size, hidden.size(0)), with_gradient=True)
-        for part in chunks_of(hidden.size(0), size):
-            indices, target, temperature = self.row_arguments(part)
-            logits = buffer.compute(hidden[part])
-            torch.ops.opd_engine.scores_backward_(
-                *(logits, indices, target, stats[part], upstream[part], shard.vocab_start_index, shard.vocab_size),
-                *temperature,
-            )
-            buffer.uncap_(logits)
-            gradients.add(part, logits, hidden[part])
-        return gradients.finish()
+        rows, columns = tiles_of(hidden.size(0), head.weight.size(0), self.tile_logits())
+        widest = max((block.stop - block.start for block in columns), default=0)
+        buffer = ChunkLogits(head, rows[0].stop, with_gradient=True, max_columns=widest)
+        for block in columns:
+            for part in rows:
+                indices, target, temperature = self.row_arguments(part)
+                logits = buffer.compute(hidden[part], block)
+                place = (shard.vocab_start_index + block.start, shard.vocab_size, *temperature)
+                torch.ops.opd_engine.scores_backward_(logits, indices, target, stats[part], upstream[part], *place)
+                buffer.uncap_(logits)
+                gradients.add(part, block, logits, hidden[part])
+        return gradients
 
 
 def unpack_gather(gathered: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,7 +306,7 @@ class _LinearGather(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         everything = rows.gather_hidden(hidden)
         into = weight_accumulator(rows.head.weight) if needs[1] else None
-        gradients = HeadGradients(head, num_rows, needs, into)
+        gradients = TileGradients(head, num_rows, needs, into)
         job.gradients(everything, head, stats, upstream, gradients)
         return (
             deliver_hidden_gradient(gradients.hidden, rows, hidden.dtype),

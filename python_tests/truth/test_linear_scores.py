@@ -59,7 +59,7 @@ def test_gather(name, dtype, support):
     rest = (ids, TARGET, mine.vocab_size, mine.temperature)
     oracle = oracles.gather_scores(true.logits(dtype), *rest)
     plain = oracles.gather_scores(eager.logits(None), *rest, oracles.score_dtype(dtype))
-    for workspace_bytes in (None, 5 * WIDTH * dtype.itemsize):  # all rows at once; chunks of 5 (of 2 with a soft-cap)
+    for workspace_bytes in (None, 5 * WIDTH * dtype.itemsize, 1):  # all at once; chunks of 5 rows; of 1, tiles of 8 x 8
         ours = opd_engine.linear_gather_log_probs(
             mine.hidden, mine.weight, ids, target=TARGET, workspace_bytes=workspace_bytes, **arguments(mine)
         )
