@@ -1,7 +1,7 @@
 """linear_topk_log_probs and linear_gather_log_probs: scores from hidden states and the LM head, without [T, V].
 
 Bound: arithmetic, one GEMM (gather's backward: three, for the logits are computed again). Chunks of logits live in a
-workspace; what stays of them is [T, k]. A backward cuts tiles: of the weight's size it makes the gradient, nothing more.
+workspace; what stays of them is [T, k]. A backward cuts tiles: of the weight's size it makes the gradient and no more.
 Under tensor parallelism each chunk's packed partials travel while the next chunk is multiplied, and the hidden gradient
 is summed over ranks once.
 """
