@@ -255,15 +255,16 @@ def test_a_tied_head_adds_to_the_embedding():
     close(torch.autograd.grad(got.loss, weight), torch.autograd.grad(wanted, leaf))
 
 
-def with_main_grad(dtype=torch.float32, flag=True):
-    hidden, weight = head(torch.float32)
-    weight.main_grad = torch.ones_like(weight, dtype=dtype)
+def with_main_grad(dtype=torch.float32, flag=True, main_dtype=torch.float32):
+    hidden, weight = head(dtype)
+    weight.main_grad = torch.ones_like(weight, dtype=main_dtype)
     if flag:
         weight.grad_added_to_main_grad = False
     return hidden, weight
 
 
 def functions():
+    """The losses, which take grad_scale."""
     scores = teacher_scores()
     theirs = head(torch.float32, seed=3)
     yield "bucket", lambda hidden, weight, **kw: linear_distill_loss(hidden, weight, scores, **kw).loss
@@ -275,41 +276,53 @@ def functions():
     )
 
 
-def gathered(hidden, weight):
-    scores = opd_engine.linear_gather_log_probs(hidden, weight, teacher_scores().indices)
+def gathered(hidden, weight, **kw):
+    scores = opd_engine.linear_gather_log_probs(hidden, weight, teacher_scores().indices, **kw)
     return scores.log_probs.sum() + scores.tail_log_prob.sum()
 
 
 @pytest.mark.parametrize("flag", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_main_grad_is_added_to_in_backward(dtype, flag):
+@pytest.mark.parametrize("main_dtype", [torch.float32, torch.bfloat16], ids="main_{}".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_main_grad_is_added_to_in_backward(dtype, main_dtype, flag):
     """By what weight.grad would have got; data-parallel hooks see zeros, a weight without the flag nothing."""
+    rounding = 1e-5 if dtype == torch.float32 else 2.0**-8  # what weight.grad itself is rounded by
     for name, function in (*functions(), ("gather", gathered)):
-        hidden, weight = with_main_grad(dtype, flag)
-        plain_hidden, plain = head(torch.float32)
-        (function(plain_hidden, plain) * 0.5).backward()
-        loss = function(hidden, weight) * 0.5
-        assert (weight.main_grad == 1).all(), f"{name}: main_grad was touched in the forward"
-        loss.backward()
-        close([weight.main_grad - 1], [plain.grad.to(dtype)], 1e-5 if dtype == torch.float32 else 5e-2)
-        close([hidden.grad], [plain_hidden.grad], 1e-6)
-        if flag:
-            assert weight.grad_added_to_main_grad is True and weight.grad.shape == weight.shape
-            assert not weight.grad.any()
-        else:
-            assert weight.grad is None and not hasattr(weight, "grad_added_to_main_grad")
+        for workspace_bytes in (None, 3 * VOCAB * dtype.itemsize):
+            hidden, weight = with_main_grad(dtype, flag, main_dtype)
+            plain_hidden, plain = head(dtype)
+            (function(plain_hidden, plain, workspace_bytes=workspace_bytes) * 0.5).backward()
+            loss = function(hidden, weight, workspace_bytes=workspace_bytes) * 0.5
+            assert (weight.main_grad == 1).all(), f"{name}: main_grad was touched in the forward"
+            loss.backward()
+            added = weight.main_grad.float() - 1
+            if main_dtype == torch.float32:
+                torch.testing.assert_close(added, plain.grad.float(), rtol=rounding, atol=1e-6)
+                rounded_away = (added - added.bfloat16().float()).abs().max()
+                assert rounded_away > 1e-4, f"{name}: what main_grad got was rounded to bfloat16 before"
+            else:
+                close([added], [plain.grad.float()], 2e-2)
+            close([hidden.grad.float()], [plain_hidden.grad.float()], 0.1 * rounding)
+            if flag:
+                assert weight.grad_added_to_main_grad is True and weight.grad.shape == weight.shape
+                assert not weight.grad.any()
+            else:
+                assert weight.grad is None and not hasattr(weight, "grad_added_to_main_grad")
 
 
-def test_grad_scale_fills_main_grad_in_the_forward():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grad_scale_fills_main_grad_in_the_forward(dtype):
+    rounding = 1e-5 if dtype == torch.float32 else 2.0**-8
     for name, function in functions():
-        hidden, weight = with_main_grad()
-        plain_hidden, plain = head(torch.float32)
+        hidden, weight = with_main_grad(dtype)
+        plain_hidden, plain = head(dtype)
         (function(plain_hidden, plain) * 0.5).backward()
-        loss = function(hidden, weight, grad_scale=torch.tensor(0.5), workspace_bytes=3 * VOCAB * 4)
-        close([weight.main_grad - 1], [plain.grad], 1e-5)
+        loss = function(hidden, weight, grad_scale=torch.tensor(0.5), workspace_bytes=3 * VOCAB * dtype.itemsize)
+        filled = weight.main_grad.clone()
+        torch.testing.assert_close(filled - 1, plain.grad.float(), rtol=rounding, atol=1e-5)
         (loss * 0.5).backward(retain_graph=True)
-        close([weight.main_grad - 1], [plain.grad], 1e-5)
-        close([hidden.grad], [plain_hidden.grad], 1e-6)
+        assert torch.equal(weight.main_grad, filled)
+        close([hidden.grad.float()], [plain_hidden.grad.float()], rounding)
         assert weight.grad_added_to_main_grad is True and not weight.grad.any(), name
         with pytest.raises(RuntimeError, match="main_grad twice"):
             (loss * 0.5).backward()
@@ -326,22 +339,27 @@ def test_main_grad_is_left_alone_without_grad():
             function(hidden, weight, grad_scale=torch.ones(()))
         function(hidden, weight.detach())
         assert (weight.main_grad == 1).all() and weight.grad_added_to_main_grad is False
+    with torch.no_grad():
+        gathered(hidden, weight)
+    gathered(hidden, weight.detach()).backward()
+    assert (weight.main_grad == 1).all() and weight.grad_added_to_main_grad is False
 
 
 @pytest.mark.parametrize("grad_scale", [None, 1.0])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recompute_counts_main_grad_once(reentrant, grad_scale):
     """Checkpointing runs the forward twice, the second time inside the backward."""
-    scale = None if grad_scale is None else torch.tensor(grad_scale)
-    for name, function in functions():
+    options = {} if grad_scale is None else {"grad_scale": torch.tensor(grad_scale)}
+    for name, function in functions() if options else (*functions(), ("gather", gathered)):
         plain_hidden, plain = head(torch.float32)
         function(plain_hidden, plain).backward()
         hidden, weight = with_main_grad()
         loss = checkpoint(
-            lambda h, w=weight, f=function: f(torch.tanh(torch.atanh(h / 8)) * 8, w, grad_scale=scale),
+            lambda h, w=weight, f=function: f(torch.tanh(torch.atanh(h / 8)) * 8, w, **options),
             hidden,
             use_reentrant=reentrant,
         )
+        assert (weight.main_grad == 1).all() or options, f"{name}: main_grad was touched in the forward"
         loss.backward()
         close([weight.main_grad - 1], [plain.grad], 1e-4)
         assert weight.grad_added_to_main_grad is True, name

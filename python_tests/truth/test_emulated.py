@@ -29,6 +29,12 @@ SUITES = {
     "divergences": ["truth/test_divergences.py", "-k", "bfloat16 and (few_finite or padded) and mixed"],
     "full": ["truth/test_full.py", "-k", "not float64 and (masked or peaked or padded or widths or k_1)"],
     "ops": ["truth/test_ops.py", "test_ops_kernels.py", "-k", "(masked or ragged or gap or shards) and not dtype0"],
+    # A chunk's or a tile's logits, as the functions of hidden states and a head hand them over.
+    "linear": [
+        *("truth/test_linear_losses.py", "truth/test_linear_scores.py"),
+        "-k",
+        "bfloat16 and (plain or softcap)",
+    ],
 }
 
 
@@ -121,6 +127,22 @@ def test_few_rows_are_cut_into_pieces(emulated_ops, rows, width):
         fused.append((ops.distill_loss_(gradient, ids, *teacher, weights, *options), gradient))
     for ours, cpu in zip(*fused):
         torch.testing.assert_close(ours, cpu, rtol=0.01 if ours.dtype == torch.bfloat16 else 2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize("k", [64, 1_024])
+def test_a_vocabulary_of_a_million(emulated_ops, rows, k):
+    """2^20 columns, the last one the largest: one row is cut into many pieces, twelve into few."""
+    width = 1 << 20
+    logits = (torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)) * 4).to(torch.bfloat16)
+    logits[:, -1] = 40.0
+    ids, *values = topk(emulated_ops, logits, k)
+    cpu_ids, *cpu_values = topk(torch.ops.opd_engine, logits, k)
+    assert torch.equal(ids, cpu_ids) and (ids[:, 0] == width - 1).all()
+    gathered = emulated_ops.gather_log_probs(logits, ids, None, width, 1.0, None)
+    for ours, again, cpu in zip(values, gathered, cpu_values):
+        torch.testing.assert_close(ours, cpu, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(again, cpu, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
