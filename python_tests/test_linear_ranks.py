@@ -17,7 +17,7 @@ from opd_engine import (
     linear_gather_log_probs,
     linear_topk_log_probs,
 )
-from opd_engine.functional import linear_losses
+from opd_engine.functional import linear_full, linear_losses, linear_scores
 from opd_engine.functional.linear_chunks import ChunkLogits
 from opd_engine.parallel.collectives import (
     CollectiveRecord,
@@ -103,8 +103,8 @@ def check_bytes_of_losses(group):
             assert sizes == sorted([3 * 10 * 4 * WORLD, 3 * 2 * 4 * WORLD] * (count // 3))
 
 
-def check_messages_overlap_with_products(group):
-    """A chunk's message is waited for after the next chunk's product; nothing waits for its own at once."""
+def events_of(module, call):
+    """Products, sends and waits of a call, in the order that this rank came to them."""
     events = []
     compute = ChunkLogits.compute
 
@@ -118,18 +118,51 @@ def check_messages_overlap_with_products(group):
         events.append("send")
         return Traced(pending.result, pending.work, pending.sent)
 
-    def traced(self, hidden):
+    def traced(self, hidden, *columns):
         events.append("product")
-        return compute(self, hidden)
+        return compute(self, hidden, *columns)
 
-    hidden, weight, common, teacher = inputs(group)
     with (
-        mock.patch.object(linear_losses, "start_all_gather_stacked", start),
+        mock.patch.object(module, "start_all_gather_stacked", start),
         mock.patch.object(ChunkLogits, "compute", traced),
     ):
-        linear_distill_loss(hidden, weight, teacher, workspace_bytes=2 * 4 * COLUMNS * 4, **common)
-    first = ["product", "send", "product", "send", "wait"]
-    assert events == [*first, "product", "send", "wait", "wait"]
+        call()
+    return events
+
+
+def check_messages_overlap_with_products(group):
+    """Three chunks of four rows: a message is waited for after the next chunk's product, nothing for its own at once.
+
+    Of the full divergence a chunk has two products and two messages: the next chunk's products hide the first message
+    of the one before, its kernels the second.
+    """
+    hidden, weight, common, teacher = inputs(group)
+    one_chunk = 4 * COLUMNS * 4
+    theirs = hidden.detach(), weight.detach()
+    calls = {
+        "distill": (
+            linear_losses,
+            lambda: linear_distill_loss(hidden, weight, teacher, workspace_bytes=2 * one_chunk, **common),
+        ),
+        "topk": (
+            linear_scores,
+            lambda: linear_topk_log_probs(hidden, weight, K, workspace_bytes=one_chunk, **common),
+        ),
+        "gather": (
+            linear_scores,
+            lambda: linear_gather_log_probs(hidden, weight, teacher.indices, workspace_bytes=one_chunk, **common),
+        ),
+    }
+    once = ["product", "send", "product", "send", "wait", "product", "send", "wait", "wait"]
+    for name, (module, call) in calls.items():
+        assert events_of(module, call) == once, name
+    events = events_of(
+        linear_full,
+        lambda: linear_full_distill_loss(hidden, weight, *theirs, workspace_bytes=4 * one_chunk, **common),
+    )
+    chunk = ["product", "product", "send"]
+    steps = [*chunk, *chunk, "wait", "send", "wait", "send", "wait", *chunk, "wait", "wait", "send", "wait"]
+    assert events == steps, events
 
 
 def check_gradients_do_not_depend_on_chunks_or_rows(group):
