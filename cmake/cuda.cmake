@@ -1,5 +1,5 @@
 # Included by CMakeLists.txt where nvcc and CUDA sources exist: object library opd_cuda, with static cudart.
-# An architecture nvcc does not know is dropped with a status line, so that one list serves several toolkits.
+# An architecture nvcc does not know is left out with a warning, so that one list serves several toolkits.
 execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-code OUTPUT_VARIABLE known OUTPUT_STRIP_TRAILING_WHITESPACE)
 set(archs "")
 foreach(arch IN LISTS OPD_CUDA_ARCHS)
@@ -8,7 +8,7 @@ foreach(arch IN LISTS OPD_CUDA_ARCHS)
   if(known MATCHES "sm_${number}(\n|$)" OR known MATCHES "sm_${base}(\n|$)")
     list(APPEND archs "${arch}")
   else()
-    message(STATUS "opd_engine: this nvcc does not know sm_${number}; leaving it out")
+    message(WARNING "opd_engine: this nvcc does not know sm_${number}: no CUDA kernels for such GPUs")
   endif()
 endforeach()
 if(NOT archs)

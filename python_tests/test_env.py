@@ -1,10 +1,14 @@
 """`opd-engine env` tells what runs here, importing nothing optional."""
 
 import json
+import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import opd_engine
@@ -28,6 +32,23 @@ def test_the_report_names_versions_build_and_devices():
     assert found["devices"][0].startswith("cpu: ")
     assert len(found["devices"]) == 1 + torch.cuda.device_count()
     assert found["optional"]["train"]["numpy"], "the test environment has numpy"
+
+
+def test_every_gpu_of_the_list_has_kernels():
+    """The build leaves out what its nvcc does not know; one that knows all four compiles all four."""
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on PATH: no CUDA kernel was compiled")
+    for name in ("OPD_CUDA", "OPD_CUDA_ARCHS"):
+        if os.environ.get(name, "AUTO") not in ("AUTO", "ON"):
+            pytest.skip(f"{name}={os.environ[name]} asks for another build")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = tuple(map(int, re.search(r"release (\d+)\.(\d+)", version).groups()))
+    if release < (12, 8):
+        pytest.skip(f"nvcc {release[0]}.{release[1]} knows no sm_100a and no sm_120; 12.8 does")
+    build = env.report()["build"]
+    assert build["cuda"], f"nvcc is at {nvcc}, but the module was built without it"
+    assert build["cuda_archs"].split() == ["80-real", "90a-real", "100a-real", "120-real"]
 
 
 def test_it_prints_for_people_and_for_programs():
