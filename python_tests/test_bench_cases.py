@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from opd_engine import TokenScores
-from opd_engine.bench.cases import build
+from opd_engine.bench.cases import build, linear_inputs, linear_topk
 from opd_engine.bench.cases.workload import score_fields
-from opd_engine.bench.goals import GOALS, PATTERN_PLAN, PLAN
+from opd_engine.bench.goals import GOALS, LINEAR_GOALS, PATTERN_PLAN, PLAN
 from opd_engine.bench.logits import checked_rows, cold_copies, make_logits, take_rows
 from opd_engine.bench.record import ERROR_LIMIT
 from opd_engine.bench.shapes import CASES, DTYPES, PATTERNS, SETS, Shape, for_case, measures, plan
@@ -141,7 +141,7 @@ def test_the_sweep_covers_what_it_is_for():
 
 
 def test_goals_can_fail_and_read_only_what_is_measured():
-    for goal in GOALS:
+    for goal in (*GOALS, *LINEAR_GOALS.values()):
         assert goal.met(goal.target) and goal.met(goal.half, half=True)
         assert goal.half <= goal.target if goal.at_least else goal.half >= goal.target
         assert not goal.met(goal.half * 0.99 if goal.at_least else goal.half + 1.0, half=True)
@@ -149,3 +149,39 @@ def test_goals_can_fail_and_read_only_what_is_measured():
     readme = plan("readme", (), ())
     assert [entry for entry in PLAN if entry not in readme] == []
     assert sorted(map(str, PATTERN_PLAN)) == sorted(map(str, plan("patterns", (), ())))
+    head = Shape(2_048, 65_536, hidden_size=512)
+    wanted = [("linear_distill", dataclasses.replace(head, mask_density=density)) for density in LINEAR_GOALS]
+    assert [entry for entry in wanted if entry not in plan("linear", (), ())] == []
+
+
+def test_what_reads_once_has_the_floor_of_one_read():
+    workload = build("loss_fwd_bwd_inplace", SMALL, CPU, compile_baselines=False)
+    work = {impl.name: impl.least_work for impl in workload.impls}
+    ids = SMALL.num_tokens * 24 * SMALL.k
+    assert workload.bytes_moved == 3 * SMALL.logits_bytes + ids and work["opd_engine"] is None
+    assert work["opd_ablation_one_pass"] == (2 * SMALL.logits_bytes + ids, workload.flops)
+    half = build("loss_fwd_bwd_inplace", dataclasses.replace(SMALL, mask_density=0.5), CPU, compile_baselines=False)
+    assert half.impls[1].least_work[0] == 1.5 * SMALL.logits_bytes + ids
+    copy = build("topk", SMALL, CPU, compile_baselines=False).impls[1]
+    assert (copy.name, copy.least_work) == ("torch_copy", (2 * SMALL.logits_bytes, 0))
+
+
+@pytest.mark.parametrize(("case", "products"), [("linear_topk", 1), ("linear_gather", 3), ("linear_distill", 3)])
+def test_the_least_of_a_case_from_hidden_states_is_its_products(case, products):
+    shape = shape_of(case)
+    product = 2 * shape.num_tokens * shape.vocab_size * shape.hidden_size
+    assert build(case, shape, CPU, compile_baselines=False).flops == products * product
+
+
+def test_one_of_eight_shards_is_measured_with_its_own_workspace(monkeypatch):
+    monkeypatch.setattr(linear_inputs, "default_workspace_bytes", lambda device, tp_size: (1280 << 20) // tp_size)
+    given, real = [], linear_topk.linear_topk_log_probs
+
+    def spied(*arguments, workspace_bytes):
+        given.append(workspace_bytes)
+        return real(*arguments, workspace_bytes=workspace_bytes)
+
+    monkeypatch.setattr(linear_topk, "linear_topk_log_probs", spied)
+    ours = build("linear_topk", shape_of("linear_topk", tp_size=8, baselines=False), CPU).impls[0]
+    run_once = ours.run(ours.prepare(0))
+    assert run_once.k == SMALL.k and given == [160 << 20]

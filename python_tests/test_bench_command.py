@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_engine.bench import main, plots, report, runner
+from opd_engine.bench import machine, main, plots, report, runner
 from opd_engine.bench.cases import topk
 from opd_engine.bench.compare import compare
+from opd_engine.bench.goals import GOALS, LINEAR_GOALS
 from opd_engine.bench.record import read_records
 from opd_engine.bench.runner import Settings, run_plan
-from opd_engine.bench.shapes import Shape
+from opd_engine.bench.shapes import CASES, Shape
 from opd_engine.bench.table import digits, duration, print_table, size
 from test_bench_record import make_record
 
@@ -70,7 +71,10 @@ def test_help_names_every_case_and_set(capsys):
         main(["--help"])
     shown = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert all(word in shown for word in ("full_divergence", "tp_merge", "sweep", "compare", "report", "--threads"))
+    assert all(word in shown for word in ("sweep", "compare", "report", "--threads"))
+    listed = shown[shown.index("cases:") : shown.index("sets of shapes:")]
+    assert [line.split()[0] for line in listed.splitlines() if line[:3].strip()] == ["cases:", *CASES]
+    assert "from hidden states" in listed[listed.index("  step ") : listed.index("  linear_topk ")]
 
 
 def test_what_fails_is_reported_and_the_rest_goes_on(monkeypatch):
@@ -123,8 +127,43 @@ def test_the_table_is_for_reading():
     table = print_table([make_record(), eager])
     assert "256 x 151,936, k=64" in table and "12.0" not in table
     assert "10.0" in table.splitlines()[-1]  # the median of 10, 8 and 15 within rounds
+    assert "5.00 GB/s" in table and "TFLOP/s" not in table
+    head = make_record(case="linear_distill", hidden_size=512, flops=5_000_000_000, matmul_tflops=1e3)
+    assert "250 TFLOP/s" in print_table([head]) and "GB/s" not in print_table([head])
     assert (duration(1.5), duration(2_345), duration(9.99e6)) == ("1.50 µs", "2.35 ms", "9.99 s")
     assert (digits(123.4), size(1536), size(10)) == ("123", "1.50 KiB", "10 B")
+
+
+def test_goals_without_records_are_named_as_not_measured():
+    shown = report.goals([])
+    assert shown.count("not measured") == len(GOALS) + len(LINEAR_GOALS)
+    head = {"case": "linear_distill", "num_tokens": 2_048, "vocab_size": 65_536, "hidden_size": 512}
+    extra = {"pattern": "random", "mask_density": 0.8, "layout": "rows", "threads": 2}
+    ours = make_record(**head, extra=extra, samples_us=[8.0, 8.5, 9.0])
+    logits = make_record(**head, extra=extra, impl="opd_ablation_through_logits", samples_us=[10.0, 10.0, 10.0])
+    row = next(line for line in report.goals([ours, logits]).splitlines() if "80% of rows" in line)
+    assert row.endswith("| at most 1 | 0.85 | yes |")
+    assert LINEAR_GOALS[1.0].measure([ours, logits]) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_matrix_rate_is_measured_in_what_is_multiplied(dtype, monkeypatch):
+    rates = {torch.float32: 1.0, torch.bfloat16: 2.0, torch.float16: 0.1, torch.float64: 0.5}
+    monkeypatch.setattr(machine, "_matmul_tflops", lambda device, dtype: rates[dtype])
+    settings = Settings(torch.device("cpu"), threads=1, seconds=0, min_rounds=1, copy_bytes=1 << 20)
+    name = str(dtype).removeprefix("torch.")
+    shape = Shape(4, 100, k=3, dtype=name, baselines=False)
+    plan = [("topk", shape), ("linear_topk", dataclasses.replace(shape, hidden_size=16))]
+    records = run_plan(plan, settings, None, lambda label: None).records
+    on_logits, from_hidden = (
+        next(r for r in records if (r.case, r.impl) == (case, "opd_engine")) for case in ("topk", "linear_topk")
+    )
+    double = dtype == torch.float64
+    assert (on_logits.matmul_tflops, on_logits.matmul_dtype) == ((0.5, name) if double else (1.0, "float32"))
+    # float16 that nothing multiplies fast: widening first is the faster way, and the floor is its
+    head = {torch.bfloat16: (2.0, name), torch.float64: (0.5, name)}.get(dtype, (1.0, "float32"))
+    assert (from_hidden.matmul_tflops, from_hidden.matmul_dtype) == head
+    assert machine.matmul_dtypes(torch.device("cuda"), dtype, from_hidden=False) == (dtype,)
 
 
 def test_the_documents_say_what_the_records_say():

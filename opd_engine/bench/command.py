@@ -17,7 +17,12 @@ _EPILOG = f"""cases:
   loss_fwd_bwd_inplace  the same, the gradient over the logits
   full_divergence       reverse_kl over the whole vocabulary, forward and backward
   tp_merge              the merge of tp_size top-k messages
-  step                  one distillation step from logits, through opd_engine.distillation
+  step                  one distillation step from logits, through opd_engine.distillation; the sets model and model-gpu
+                        run it from hidden states, with the models' own passes around it
+  linear_topk           topk from hidden states and the LM head
+  linear_gather         gather from hidden states and the LM head, forward and backward
+  linear_distill        loss_fwd_bwd from hidden states and the LM head
+  linear_full           full_divergence from both models' hidden states and LM heads
 
 sets of shapes:
 {chr(10).join(f"  {name:<12}{text}" for name, (text, _) in SETS.items())}

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,11 +24,16 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Measured in this run: copy (read + write counted) and matmul; copy_bytes is the size of one copied buffer."""
+    """Measured in this run: copy (read + write counted) and matmul.
+
+    copy_bytes: size of one copied buffer
+    matmul_dtype: of the factors of the matmul
+    """
 
     copy_gbps: float
     matmul_tflops: float
     copy_bytes: int
+    matmul_dtype: torch.dtype
 
 
 def machine_name(device: torch.device) -> str:
@@ -105,20 +110,34 @@ def clocks_mhz(device: torch.device) -> dict[str, int] | None:
     return None
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int = 1 << 30) -> Rates:
+def matmul_dtypes(device: torch.device, dtype: torch.dtype, *, from_hidden: bool) -> tuple[torch.dtype, ...]:
+    """What the matrix rate of a case is measured in: the fastest of these.
+
+    from_hidden: the case multiplies by the LM head, in its own dtype. Beside it stands float32 on a CPU: where a half's
+        products are slow, whoever widens first is faster. Without a head the arithmetic is the kernels', in float32
+    """
+    if device.type != "cpu" or dtype in (torch.float32, torch.float64):
+        return (dtype,)
+    return (dtype, torch.float32) if from_hidden else (torch.float32,)
+
+
+def measure_rates(device: torch.device, dtypes: Sequence[torch.dtype], copy_bytes: int = 1 << 30) -> Rates:
     """Best of several warm copies and of several square matmuls.
 
-    dtype: of the matmul on a GPU; on a CPU half precision is computed in float32, by our kernels too
+    dtypes: of the matmul; the fastest is kept
     copy_bytes: size of the copied buffer; at least 1 GiB for records that are kept
     """
     copy_s = _copy_seconds(device, copy_bytes)
-    if device.type == "cpu" and dtype != torch.float64:
-        dtype = torch.float32
+    matmul_tflops, dtype = max(((_matmul_tflops(device, dtype), dtype) for dtype in dtypes), key=lambda pair: pair[0])
+    return Rates(2 * copy_bytes / copy_s / 1e9, matmul_tflops, copy_bytes, dtype)
+
+
+def _matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1536
     a = torch.ones(size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)
-    matmul_s = _best_seconds(lambda: torch.mm(a, a, out=out), device, repeats=6)
-    return Rates(2 * copy_bytes / copy_s / 1e9, 2 * size**3 / matmul_s / 1e12, copy_bytes)
+    # Where nothing multiplies float16, one such product takes seconds: two of them say that it is slow.
+    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, a, out=out), device, repeats=6, enough=2.0) / 1e12
 
 
 def _copy_seconds(device: torch.device, copy_bytes: int) -> float:
@@ -127,7 +146,8 @@ def _copy_seconds(device: torch.device, copy_bytes: int) -> float:
     return _best_seconds(lambda: target.copy_(source), device, repeats=8)
 
 
-def _best_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+def _best_seconds(run: Callable[[], object], device: torch.device, repeats: int, enough: float = float("inf")) -> float:
+    """enough: seconds of one run after which it is not repeated."""
     best = float("inf")
     for repeat in range(repeats + 1):
         if device.type == "cuda":
@@ -138,4 +158,6 @@ def _best_seconds(run: Callable[[], object], device: torch.device, repeats: int)
             torch.cuda.synchronize(device)
         if repeat:  # the first one faults the pages in
             best = min(best, time.perf_counter() - start)
+            if best > enough:
+                break
     return best

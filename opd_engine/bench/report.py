@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from opd_engine.bench import plots
-from opd_engine.bench.goals import GOALS, find
+from opd_engine.bench.goals import GOALS, LINEAR_GOALS, find
 from opd_engine.bench.record import BenchRecord, read_records
 from opd_engine.bench.shapes import PATTERNS, Plan, Shape, plan, shape_text
 from opd_engine.bench.table import IMPL_NAMES, digits, duration, markdown, size, times_ours
@@ -73,7 +73,7 @@ def provenance(records: Records) -> str:
 def goals(records: Records) -> str:
     """What is asked and what was measured."""
     rows = []
-    for goal in GOALS:
+    for goal in (*GOALS, *LINEAR_GOALS.values()):
         value = goal.measure(records)
         bound = f"{'at least' if goal.at_least else 'at most'} {goal.target:g}"
         shown = "not measured" if value is None else f"{value:.2f}" if value % 1 else f"{value:.0f}"

@@ -104,7 +104,7 @@ class _Session:
         self.machine = machine.machine_name(settings.device)
         self.commit = machine.commit()
         self.compile_seconds = settings.compile_seconds
-        self.rates: dict[torch.dtype, machine.Rates] = {}
+        self.rates: dict[tuple[torch.dtype, ...], machine.Rates] = {}
 
     def place(self, case: str, shape: Shape) -> tuple[Any, ...]:
         """What tells whether a record of ours at this commit exists."""
@@ -137,10 +137,7 @@ class _Session:
                 f"{label}: baselines would need {_EAGER_COPIES * shape.elements * 4 / 2**30:.0f} GiB"
             )
             shape = dataclasses.replace(shape, baselines=False)
-        if shape.torch_dtype not in self.rates:
-            self.rates[shape.torch_dtype] = machine.measure_rates(
-                settings.device, shape.torch_dtype, settings.copy_bytes
-            )
+        rates = self._rates(shape)
         torch._dynamo.reset()
         workload = build(case, shape, settings.device, compile_baselines=settings.compile_baselines)
         for name, why in workload.absent.items():
@@ -172,7 +169,14 @@ class _Session:
             threads=settings.threads,
             calls=_CALLS_OF_A_SMALL_SAMPLE if shape.elements <= _SMALL_ELEMENTS else 1,
         )
-        return [self._record(case, shape, workload, *checks, timed) for checks, timed in zip(checked, samples)]
+        return [self._record(case, shape, workload, rates, *checks, timed) for checks, timed in zip(checked, samples)]
+
+    def _rates(self, shape: Shape) -> machine.Rates:
+        """Measured once a run for each dtype that is multiplied in."""
+        dtypes = machine.matmul_dtypes(self.settings.device, shape.torch_dtype, from_hidden=bool(shape.hidden_size))
+        if dtypes not in self.rates:
+            self.rates[dtypes] = machine.measure_rates(self.settings.device, dtypes, self.settings.copy_bytes)
+        return self.rates[dtypes]
 
     def _timing(self, impl: Impl) -> str:
         if self.settings.device.type == "cpu":
@@ -232,18 +236,16 @@ class _Session:
         case: str,
         shape: Shape,
         workload: Workload,
+        rates: machine.Rates,
         impl: Impl,
         whole: Allocations,
         forward: Allocations,
         error: float,
         samples: list[float],
     ) -> BenchRecord:
-        rates = self.rates[shape.torch_dtype]
         samples = [round(sample, 2) for sample in samples]
         median = statistics.median(samples)
-        bytes_moved, flops = workload.bytes_moved, workload.flops
-        if impl.name == "torch_copy":
-            bytes_moved, flops = 2 * shape.logits_bytes, 0
+        bytes_moved, flops = impl.least_work or (workload.bytes_moved, workload.flops)
         floor = floor_us(bytes_moved, flops, rates.copy_gbps, rates.matmul_tflops)
         return BenchRecord(
             case=case,
@@ -269,6 +271,7 @@ class _Session:
             peak_extra_bytes=whole.peak_bytes,
             max_abs_err=error,
             extra={
+                **impl.extra,
                 "pattern": shape.pattern,
                 "mask_density": shape.mask_density,
                 "layout": shape.layout,
@@ -279,6 +282,7 @@ class _Session:
                 "timing": self._timing(impl),
                 "clocks_mhz": machine.clocks_mhz(self.settings.device),
                 "copy_bytes": rates.copy_bytes,
+                "matmul_dtype": str(rates.matmul_dtype).removeprefix("torch."),
                 "logits_bytes": shape.logits_bytes,
                 "tflops": flops / median / 1e6,
                 "logits_size_allocations": whole.large,

@@ -68,7 +68,7 @@ def print_table(records: Sequence[BenchRecord]) -> str:
     groups: dict[tuple, list[BenchRecord]] = {}
     for record in records:
         groups.setdefault(same_shape(record), []).append(record)
-    rows = [["", "median", "p20 .. p80", "GB/s", "of floor", "x ours", "extra memory", "error"]]
+    rows = [["", "median", "p20 .. p80", "rate", "of floor", "x ours", "extra memory", "error"]]
     titles: dict[int, str] = {}
     for group in groups.values():
         first = group[0]
@@ -81,7 +81,7 @@ def print_table(records: Sequence[BenchRecord]) -> str:
                     f"  {record.impl}",
                     duration(record.median_us),
                     f"{duration(low)} .. {duration(high)}",
-                    digits(record.bytes_moved / record.median_us / 1e3),
+                    rate(record),
                     f"{record.floor_fraction:.0%}",
                     "" if ours in (None, record) else digits(times_ours(record, ours)),
                     size(record.peak_extra_bytes),
@@ -99,6 +99,13 @@ def print_table(records: Sequence[BenchRecord]) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def rate(record: BenchRecord) -> str:
+    """The least work a second: of cases that contain the LM head its products, of others their bytes."""
+    if record.hidden_size:
+        return f"{record.flops / record.median_us / 1e6:.3g} TFLOP/s"
+    return f"{digits(record.bytes_moved / record.median_us / 1e3)} GB/s"
 
 
 def spread(samples: Sequence[float]) -> tuple[float, float]:

@@ -26,7 +26,9 @@ class Impl:
     restore: buffer number -> None, untimed, after a call: puts back what an in-place backward overwrote
     threads: CPU threads, where it is not the run's number
     error: its own check, where it computes something else than the others
+    least_work: (bytes, flops), where what it computes can be had for another least than the case's
     graph: on a GPU, time the replay of a captured graph: for what launches take longer than kernels. Forward alone
+    extra: further keys of its records
     """
 
     name: str
@@ -36,7 +38,9 @@ class Impl:
     restore: Callable[[int], None] | None = None
     threads: int | None = None
     error: Callable[[Any], float] | None = None
+    least_work: tuple[int, int] | None = None
     graph: bool = False
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, prepared: Any) -> Any:
         """The timed work."""

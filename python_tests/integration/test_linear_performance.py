@@ -1,7 +1,8 @@
 """Speed of the LM head and the loss together, measured here and now.
 
 The goals are 1.1 x the time of the path through logits at T = 2,048, V = 65,536, H = 512, and less than 1 x where 80%
-of the rows count. A shared machine's noise gets the same allowance again, 1.2 x and 1.1 x, and more than one attempt.
+or 50% of the rows count. A shared machine's noise gets the same allowance again, 1.2 x and 1.1 x, and more than one
+attempt; at 50% there is room enough to hold the goal itself.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from opd_engine.bench.cases import build
+from opd_engine.bench.goals import LINEAR_GOALS
 from opd_engine.bench.record import ERROR_LIMIT
 from opd_engine.bench.shapes import Shape
 from opd_engine.bench.timing import interleave
@@ -22,8 +24,8 @@ ATTEMPTS = 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mask_density", "allowed"), [(1.0, 1.2), (0.8, 1.1)])
-def test_the_linear_loss_is_as_fast_as_the_path_through_logits(mask_density, allowed):
+@pytest.mark.parametrize(("mask_density", "goal"), LINEAR_GOALS.items(), ids=str)
+def test_the_linear_loss_is_as_fast_as_the_path_through_logits(mask_density, goal):
     torch.set_num_threads(min(CORES, 2))
     workload = build("linear_distill", dataclasses.replace(HEAD, mask_density=mask_density), CPU)
     assert [impl.name for impl in workload.impls] == ["opd_engine", "opd_ablation_through_logits"]
@@ -34,6 +36,6 @@ def test_the_linear_loss_is_as_fast_as_the_path_through_logits(mask_density, all
         ours, through_logits = interleave(workload.impls, num_buffers=1, device=CPU, seconds=0, min_rounds=4)
         ratios.append(min(ours) / min(through_logits))
         print(f"{mask_density:.0%} of rows: {min(ours) / 1e6:.2f} s, {ratios[-1]:.2f} x the path through logits")
-        if ratios[-1] < allowed:
+        if ratios[-1] < goal.half:
             return
-    pytest.fail(f"wanted less than {allowed} x the path through logits, got {', '.join(f'{r:.2f}' for r in ratios)}")
+    pytest.fail(f"wanted less than {goal.half} x the path through logits, got {', '.join(f'{r:.2f}' for r in ratios)}")

@@ -1,7 +1,7 @@
 """Other libraries, where they import. All of them are GPU libraries; on a CPU each is reported as absent, with why.
 
-Calls as of liger-kernel 0.8.5, flashinfer-python 0.6.3, quack-kernels 0.6.5, cut-cross-entropy 25.1. megatron-core
-0.16.1 has no loss that starts from hidden states.
+Calls as of liger-kernel 0.8.5, flashinfer-python 0.6.3, quack-kernels 0.6.5, cut-cross-entropy 25.1 and the main branch
+of Megatron-LM: megatron-core 0.16.1 has no loss that starts from hidden states, and says so where it is asked for one.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from opd_engine.bench.timing import Impl
 # module to import -> distribution, by the name in records
 _DISTRIBUTIONS = {
     "cut_cross_entropy": ("cut_cross_entropy", "cut-cross-entropy"),
+    "megatron_linear_ce": ("megatron.core.fusions.fused_linear_cross_entropy", "megatron-core"),
     "liger_linear_ce": ("liger_kernel.ops.fused_linear_cross_entropy", "liger-kernel"),
     "liger_linear_jsd": ("liger_kernel.ops.fused_linear_jsd", "liger-kernel"),
     "flashinfer": ("flashinfer", "flashinfer-python"),
     "liger": ("liger_kernel.ops.jsd", "liger-kernel"),
     "quack": ("quack.cross_entropy", "quack-kernels"),
+    "liger_cross_entropy": ("liger_kernel.ops.cross_entropy", "liger-kernel"),
+    "quack_cross_entropy": ("quack.cross_entropy", "quack-kernels"),
 }
 
 
@@ -39,14 +42,19 @@ def find(name: str, device: torch.device) -> tuple[Any, str]:
         return None, f"{distribution} does not import here: {type(error).__name__}: {str(error)[:120]}"
 
 
-def topk(shape: Shape, device: torch.device, copies: list[Tensor]) -> tuple[list[Impl], dict[str, str]]:
-    """FlashInfer's top_k, with torch for the statistics it does not give."""
+def topk(
+    shape: Shape, device: torch.device, copies: list[Tensor], support_error: Any
+) -> tuple[list[Impl], dict[str, str]]:
+    """FlashInfer's top_k, with torch for the statistics it does not give; and alone: values and ids, no statistics."""
     module, why = find("flashinfer", device)
     if module is None:
         return [], {"flashinfer": why}
 
+    def alone(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return module.top_k(logits, shape.k, sorted=True)
+
     def forward(logits: Tensor) -> dict[str, Tensor]:
-        values, indices = module.top_k(logits, shape.k, sorted=True)
+        values, indices = alone(logits)
         z = eager.widen(logits)
         lse = torch.logsumexp(z, -1)
         log_probs = eager.widen(values) - lse[:, None]
@@ -54,7 +62,11 @@ def topk(shape: Shape, device: torch.device, copies: list[Tensor]) -> tuple[list
         scores = {"log_probs": log_probs, "tail_log_prob": eager.log_tail(log_probs), "lse": lse, "entropy": entropy}
         return {"indices": indices.long(), **scores}
 
-    return [Impl("flashinfer", forward, prepare=copies.__getitem__)], {}
+    # A comparison a logit, and the same values and ids written.
+    work = shape.logits_bytes + shape.num_tokens * shape.k * (8 + shape.itemsize), shape.elements
+    impls = [Impl("flashinfer", forward, prepare=copies.__getitem__)]
+    impls.append(Impl("flashinfer_topk_alone", alone, prepare=copies.__getitem__, error=support_error, least_work=work))
+    return impls, {}
 
 
 def gather(
@@ -72,6 +84,32 @@ def gather(
         return {"log_probs": log_probs, "tail_log_prob": eager.log_tail(log_probs), "lse": lse}
 
     return [Impl("quack", forward, prepare=copies.__getitem__)], {}
+
+
+def cross_entropy(
+    device: torch.device, prepare: Any, restore: Any, backward: Any, target: Tensor, error: Any
+) -> tuple[list[Impl], dict[str, str]]:
+    """Sum of -log q(target) and its gradient over the logits: Liger's, which knows it in its forward, and QuACK's."""
+    calls = {
+        "liger_cross_entropy": lambda module, logits: module.LigerCrossEntropyFunction.apply(
+            *(logits, target, None, -100, 0.0, 0.0, "sum")
+        )[0],
+        "quack_cross_entropy": lambda module, logits: module.cross_entropy(
+            logits, target, ignore_index=-100, reduction="sum", inplace_backward=True
+        ),
+    }
+    impls, absent = [], {}
+    for name, call in calls.items():
+        module, why = find(name, device)
+        if module is None:
+            absent[name] = why
+            continue
+
+        def forward(logits: Tensor, module: Any = module, call: Any = call) -> tuple[Tensor, None, Tensor]:
+            return call(module, logits), None, logits
+
+        impls.append(Impl(name, forward, backward, prepare, restore, error=error))
+    return impls, absent
 
 
 def full_divergence(
@@ -94,9 +132,12 @@ def full_divergence(
 def linear_cross_entropy(
     device: torch.device, prepare: Any, backward: Any, target: Tensor, error: Any
 ) -> tuple[list[Impl], dict[str, str]]:
-    """-log q(target) from hidden states and weight: cut cross-entropy, Liger's fused linear one."""
+    """-log q(target) from hidden states and weight: cut cross-entropy, Megatron's and Liger's fused linear ones."""
     calls = {
         "cut_cross_entropy": lambda module, hidden, weight: module.linear_cross_entropy(
+            hidden, weight, target, reduction="sum"
+        ),
+        "megatron_linear_ce": lambda module, hidden, weight: module.linear_cross_entropy(
             hidden, weight, target, reduction="sum"
         ),
         "liger_linear_ce": lambda module, hidden, weight: module.LigerFusedLinearCrossEntropyFunction.apply(

@@ -23,7 +23,7 @@ def build(shape: Shape, device: torch.device) -> Workload:
     buckets = torch.cat([teacher.log_probs, teacher.tail_log_prob.unsqueeze(-1)], -1)
     rows = inputs.rows
 
-    def ours(workspace_bytes: int | None = None) -> Impl:
+    def ours(workspace_bytes: int) -> Impl:
         def forward(leaves):
             got = linear_distill_loss(*leaves, teacher, loss_rows=rows, workspace_bytes=workspace_bytes)
             return got.loss, got.token_losses, leaves
@@ -42,7 +42,8 @@ def build(shape: Shape, device: torch.device) -> Workload:
 
         return forward
 
-    impls = [ours(), Impl("opd_ablation_through_logits", through_logits, gradients, inputs.leaves)]
+    impls = [ours(inputs.workspace_bytes)]
+    impls.append(Impl("opd_ablation_through_logits", through_logits, gradients, inputs.leaves))
     if shape.baselines:
         impls += workspace_ablations(shape, device, ours)
         compiled = torch.compile(eager.bucket_losses, dynamic=False)

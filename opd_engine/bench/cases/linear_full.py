@@ -26,7 +26,7 @@ def build(shape: Shape, device: torch.device) -> Workload:
     inputs, theirs = make_inputs(shape, device), make_inputs(shape, device, width=TEACHER_WIDTH, seed=1)
     mask, rows = inputs.mask, inputs.rows
 
-    def ours(workspace_bytes: int | None = None) -> Impl:
+    def ours(workspace_bytes: int) -> Impl:
         def forward(leaves):
             got = linear_full_distill_loss(
                 *(*leaves, theirs.hidden, theirs.weight), loss_rows=rows, workspace_bytes=workspace_bytes
@@ -44,7 +44,7 @@ def build(shape: Shape, device: torch.device) -> Workload:
         return forward
 
     engine = through(full_distill_loss, inplace_backward=True)
-    impls = [ours(), Impl("opd_ablation_through_logits", engine, gradients, inputs.leaves)]
+    impls = [ours(inputs.workspace_bytes), Impl("opd_ablation_through_logits", engine, gradients, inputs.leaves)]
     absent: dict[str, str] = {}
     if shape.baselines:
         impls += workspace_ablations(shape, device, ours)

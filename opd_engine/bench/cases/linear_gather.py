@@ -1,7 +1,8 @@
-"""Log-probs and tail at given ids from hidden states and the LM head, forward + backward; the logits computed twice.
+"""Log-probs and tail at given ids from hidden states and the LM head, forward + backward: three products at least.
 
-What is differentiated is each row's mean of its log-probs and tail. Cut cross-entropy and Liger's fused linear one give
-one log-prob a row and no tail: less work, checked against a definition of their own.
+Ours computes the logits twice, four products, because its upstream gradient is known only after the whole forward.
+What is differentiated is each row's mean of its log-probs and tail. Cut cross-entropy, Megatron's and Liger's fused
+linear ones give one log-prob a row and no tail: less work, checked against a definition of their own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def build(shape: Shape, device: torch.device) -> Workload:
     inputs = make_inputs(shape, device)
     ids = linear_topk_log_probs(inputs.hidden, inputs.weight, shape.k).indices
 
-    def ours(workspace_bytes: int | None = None) -> Impl:
+    def ours(workspace_bytes: int) -> Impl:
         def forward(leaves):
             scores = linear_gather_log_probs(*leaves, ids, workspace_bytes=workspace_bytes)
             losses = (scores.log_probs.sum(-1) + scores.tail_log_prob) / (shape.k + 1)
@@ -43,7 +44,8 @@ def build(shape: Shape, device: torch.device) -> Workload:
 
         return forward
 
-    impls = [ours(), Impl("opd_ablation_through_logits", through_logits, gradients, inputs.leaves)]
+    impls = [ours(inputs.workspace_bytes)]
+    impls.append(Impl("opd_ablation_through_logits", through_logits, gradients, inputs.leaves))
     absent: dict[str, str] = {}
     if shape.baselines:
         impls += workspace_ablations(shape, device, ours)
@@ -59,7 +61,7 @@ def build(shape: Shape, device: torch.device) -> Workload:
         scores = reference.scores(z, ids[part])
         return (scores["log_probs"].sum(-1) + scores["tail_log_prob"]) / (shape.k + 1)
 
-    return Workload(impls, loss_truth(inputs, definition).error, *least_work(shape, 4), 1, absent)
+    return Workload(impls, loss_truth(inputs, definition).error, *least_work(shape, 3), 1, absent)
 
 
 def _means(logits: Tensor, ids: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from opd_engine.bench.cases.workload import loss_mask
 from opd_engine.bench.logits import checked_rows
 from opd_engine.bench.shapes import Shape
 from opd_engine.bench.timing import Impl
+from opd_engine.functional.linear_arguments import default_workspace_bytes
 
 WORKSPACES = (16 << 20, 256 << 20)  # beside the default, on a CPU
 CUDA_WORKSPACES = (64 << 20, 256 << 20)
@@ -44,6 +45,11 @@ class HeadInputs:
     def rows(self) -> Tensor | None:
         """loss_rows: the numbers of the rows that count, None for all of them."""
         return None if self.shape.mask_density == 1 else self.mask.nonzero().flatten().cpu()
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What the product takes by itself on one rank of tp_size; these calls have no shard to tell it from."""
+        return default_workspace_bytes(self.hidden.device, self.shape.tp_size)
 
     def teacher(self) -> TokenScores:
         scores = linear_topk_log_probs(self.hidden, self.weight, self.shape.k)

@@ -21,14 +21,14 @@ def build(shape: Shape, device: torch.device) -> Workload:
     inputs = make_inputs(shape, device)
     hidden, weight = inputs.hidden, inputs.weight
 
-    def ours(workspace_bytes: int | None = None) -> Impl:
+    def ours(workspace_bytes: int) -> Impl:
         call = partial(linear_topk_log_probs, hidden, weight, shape.k, workspace_bytes=workspace_bytes)
         return Impl("opd_engine", lambda _: call())
 
     def through_logits(_: int) -> dict[str, Tensor]:
         return topk_log_probs(hidden @ weight.t(), shape.k)
 
-    impls = [ours(), Impl("opd_ablation_through_logits", through_logits)]
+    impls = [ours(inputs.workspace_bytes), Impl("opd_ablation_through_logits", through_logits)]
     if shape.baselines:
         impls += workspace_ablations(shape, device, ours)
         compiled = torch.compile(eager.topk_scores, dynamic=False)

@@ -90,10 +90,13 @@ def make_inputs(logits: Tensor, shape: Shape) -> LossInputs:
     return LossInputs(scores.indices, teacher, buckets, loss_mask(shape, logits.device).view(scores.leading_shape))
 
 
-def least_work(shape: Shape) -> tuple[int, int]:
-    """Rows that count are read twice, because their gradient needs the whole row's sums; every row is written."""
+def least_work(shape: Shape, reads: int = 2) -> tuple[int, int]:
+    """Rows that count are read twice, because their gradient needs the whole row's sums; every row is written.
+
+    reads: 1 where the weights of the rows are known before the forward, so that a row is left with its gradient
+    """
     live = max(1, round(shape.num_tokens * shape.mask_density)) / shape.num_tokens
-    bytes_moved = round(shape.logits_bytes * (2 * live + 1)) + shape.num_tokens * 24 * shape.k
+    bytes_moved = round(shape.logits_bytes * (reads * live + 1)) + shape.num_tokens * 24 * shape.k
     return bytes_moved, round(shape.elements * live * (STATS_FLOPS + GRADIENT_FLOPS))
 
 

@@ -14,6 +14,7 @@ from opd_engine.bench.cases.workload import (
     Workload,
     float64_rows,
     one_thread,
+    support_error,
     topk_error,
     twin,
 )
@@ -32,10 +33,11 @@ def build(shape: Shape, device: torch.device) -> Workload:
     logits = make_logits(shape, device)
     copies = cold_copies(logits).copies
     rows = checked_rows(shape)
-    truth = topk_error(shape, float64_rows(logits, shape))
+    exact = float64_rows(logits, shape)
+    truth = topk_error(shape, exact)
     warm = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=device).copy_(logits)
     ours = Impl("opd_engine", lambda z: topk_log_probs(z, shape.k), prepare=copies.__getitem__)
-    copy = Impl("torch_copy", warm.copy_, prepare=copies.__getitem__)
+    copy = Impl("torch_copy", warm.copy_, prepare=copies.__getitem__, least_work=(2 * shape.logits_bytes, 0))
     impls, absent = [ours, copy], {}
     if shape.num_tokens == 1:
         impls.append(one_thread(ours))
@@ -52,7 +54,7 @@ def build(shape: Shape, device: torch.device) -> Workload:
         compiled = torch.compile(eager.topk_scores, dynamic=False)
         impls.append(Impl("torch_eager", lambda z: eager.topk_scores(z, shape.k), prepare=copies.__getitem__))
         impls.append(Impl("torch_compile", lambda z: compiled(z, shape.k), prepare=copies.__getitem__))
-        more, absent = competitors.topk(shape, device, copies)
+        more, absent = competitors.topk(shape, device, copies, support_error(shape, exact))
         impls += more
 
     def error(got: TokenScores | dict[str, Tensor] | tuple[Tensor, ...] | Tensor) -> float:

@@ -69,6 +69,19 @@ def topk_error(shape: Shape, logits: Tensor) -> Callable[[TokenScores | Fields],
     return error
 
 
+def support_error(shape: Shape, logits: Tensor) -> Callable[[tuple[Tensor, Tensor]], float]:
+    """The check of a top-k alone: (values, ids) of every row; logits as for topk_error."""
+    largest = logits.topk(shape.k, dim=-1).values
+    rows = checked_rows(shape)
+
+    def error(answer: tuple[Tensor, Tensor]) -> float:
+        values, indices = (part.cpu()[rows] for part in answer)
+        held = reference.max_abs_err(logits.gather(-1, indices.long()), largest)
+        return max(held, reference.max_abs_err(values, largest))
+
+    return error
+
+
 def gather_error(shape: Shape, logits: Tensor, indices: Tensor) -> Callable[[TokenScores | Fields], float]:
     """The check of gathered scores; indices [T, k] are those asked for."""
     rows = checked_rows(shape)
@@ -102,7 +115,8 @@ def one_thread(impl: Impl) -> Impl:
 def twin(name: str, workload: Workload) -> Impl:
     """Ours on another shape, interleaved with this one: their ratio is one within rounds."""
     ours, count = workload.impls[0], workload.num_buffers
-    return dataclasses.replace(ours, name=name, prepare=lambda i: ours.prepare(i % count), error=workload.error)
+    its_own = {"error": workload.error, "least_work": (workload.bytes_moved, workload.flops)}
+    return dataclasses.replace(ours, name=name, prepare=lambda i: ours.prepare(i % count), **its_own)
 
 
 class Produced(torch.autograd.Function):
