@@ -12,11 +12,15 @@ import dataclasses
 import os
 import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,59 @@ def trace_allocations(call: Callable[[], Any], device: torch.device, large_bytes
         large += event.nbytes() >= large_bytes
     grown = None if resident is None or peak_now is None else max(peak_now - resident, 0)
     return result, Allocations(peak, large, grown)
+
+
+class CountedStorages(TorchDispatchMode):
+    """Within it tensors have shapes and no values, and peak_bytes is the most that their storages hold at one time.
+
+    Any size can be asked of any machine. What a kernel takes for itself is not seen, and where autograd would add two
+    gradients of one weight in place it may not do so here: the count is then higher than the truth.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._held_bytes = 0
+        self._known: set[int] = set()
+        self._valueless = contextlib.ExitStack()
+
+    def __enter__(self) -> CountedStorages:
+        # The one part of torch that runs operators on shapes; importing it is slow.
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        self._valueless.enter_context(FakeTensorMode())
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._valueless.close()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self._hold(leaf.untyped_storage())
+        return result
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        place = storage._cdata
+        if place in self._known:
+            return
+        self._known.add(place)
+        self._held_bytes += storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, self._held_bytes)
+        weakref.finalize(storage, self._release, place, storage.nbytes())
+
+    def _release(self, place: int, nbytes: int) -> None:
+        self._known.discard(place)
+        self._held_bytes -= nbytes
+
+
+def device_bytes(device: torch.device) -> int:
+    """Memory of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _trace_cuda(call: Callable[[], Any], device: torch.device, large_bytes: int) -> tuple[Any, Allocations]:

@@ -28,7 +28,7 @@ class Impl:
     error: its own check, where it computes something else than the others
     least_work: (bytes, flops), where what it computes can be had for another least than the case's
     graph: on a GPU, time the replay of a captured graph: for what launches take longer than kernels. Forward alone
-    extra: further keys of its records
+    extra: further keys of its records, computed when one is written
     """
 
     name: str
@@ -40,7 +40,7 @@ class Impl:
     error: Callable[[Any], float] | None = None
     least_work: tuple[int, int] | None = None
     graph: bool = False
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    extra: Callable[[], dict[str, Any]] = dict
 
     def run(self, prepared: Any) -> Any:
         """The timed work."""

@@ -3,11 +3,14 @@
 The student's top-k (one pass), the teacher's scores at those ids (one pass), loss, and the gradient of every parameter
 (a pass with recomputed layers and its backward). Ours never has logits; beside it the engine on logits that exist,
 eager torch, and the passes of the models alone, which say what share of a step the head and the loss take.
+
+The longest sequence that fits is counted, not run: the same step on tensors without values, its peak of storages.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +30,7 @@ from opd_engine.bench import reference
 from opd_engine.bench.cases import eager
 from opd_engine.bench.cases.workload import Workload
 from opd_engine.bench.logits import checked_rows
+from opd_engine.bench.memory import CountedStorages, device_bytes
 from opd_engine.bench.shapes import Shape
 from opd_engine.bench.timing import Impl
 from opd_engine.integrations.hf.models import random_qwen3
@@ -47,11 +51,73 @@ def build(shape: Shape, device: torch.device) -> Workload:
     """Ours, the engine on logits, eager torch, and the models' passes alone."""
     student, teacher = (random_qwen3(shape.hidden_size, shape.vocab_size, seed=seed) for seed in (0, 1))
     student, teacher = (model.to(device, shape.torch_dtype) for model in (student, teacher))
-    student.gradient_checkpointing_enable({"use_reentrant": False})
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(shape.vocab_size, (1, shape.num_tokens), generator=generator).to(device)
     body = _Passes(student, teacher, tokens)
-    k, weight = shape.k, torch.full((shape.num_tokens,), 1 / shape.num_tokens, device=device)
+    body.spread_logits()
+    impls = _impls(body, shape.k, baselines=shape.baselines)
+    for impl in impls:
+        impl.extra = functools.partial(_longest, dataclasses.replace(shape, num_tokens=1), impl.name, device)
+    return Workload(impls, _error(shape, body, student), *_least_work(shape, student), 1)
+
+
+@functools.lru_cache
+def _longest(shape: Shape, impl_name: str, device: torch.device) -> dict[str, int]:
+    budget = device_bytes(device)
+    longest = longest_sequence(shape, impl_name, device, budget)
+    return {"longest_sequence": longest, "longest_sequence_bytes": budget}
+
+
+def longest_sequence(shape: Shape, impl_name: str, device: torch.device, budget_bytes: int) -> int:
+    """Tokens of the longest sequence whose step stays within the budget, both models' weights included, to 1%."""
+
+    @functools.cache
+    def peak(num_tokens: int) -> int:
+        return step_peak(dataclasses.replace(shape, num_tokens=num_tokens), impl_name, device)
+
+    low, high = 1, 1_024
+    if peak(low) > budget_bytes:
+        return 0
+    while peak(high) <= budget_bytes:
+        low, high = high, 2 * high
+    while high - low > max(1, low // 100):
+        # The peak bends upwards with the length: the chord meets the budget at a length that fits, soon the last.
+        guess = low + int((high - low) * (budget_bytes - peak(low)) / (peak(high) - peak(low)))
+        for tried in (guess, guess + max(1, guess // 100), (low + high) // 2):
+            if low < tried < high:
+                low, high = (tried, high) if peak(tried) <= budget_bytes else (low, tried)
+    return low
+
+
+def step_peak(shape: Shape, impl_name: str, device: torch.device) -> int:
+    """Bytes that one step holds at most, both models' weights included, counted on tensors without values."""
+    with CountedStorages() as counted:
+        with torch.device("meta"):
+            models = [random_qwen3(shape.hidden_size, shape.vocab_size, seed=seed) for seed in (0, 1)]
+        student, teacher = (_without_values(model, device, shape.torch_dtype) for model in models)
+        body = _Passes(student, teacher, torch.zeros((1, shape.num_tokens), dtype=torch.int64, device=device))
+        impl = next(impl for impl in _impls(body, shape.k, baselines=True) if impl.name == impl_name)
+        impl.run(impl.prepare(0))
+        return counted.peak_bytes
+
+
+def _without_values(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+    model.tie_weights()
+    return model
+
+
+def _impls(body: _Passes, k: int, *, baselines: bool) -> list[Impl]:
+    student, teacher, num_tokens = body.student, body.teacher, body.tokens.size(1)
+    weight = torch.full((num_tokens,), 1 / num_tokens, device=body.tokens.device)
+
+    def without_gradients(number: int) -> int:
+        student.zero_grad(set_to_none=True)  # as an optimizer's step leaves them; untimed
+        return number
 
     def ours(_: int) -> _Step:
         with torch.no_grad():
@@ -87,32 +153,37 @@ def build(shape: Shape, device: torch.device) -> Workload:
         return _Step(hidden, loss=hidden.sum())
 
     def backward(step: _Step) -> _Step:
-        student.zero_grad(set_to_none=True)
-        step.hidden.register_hook(lambda grad: setattr(step, "grad_hidden", grad))
+        step.hidden.retain_grad()
         step.loss.backward()
-        return dataclasses.replace(step, hidden=step.hidden.detach(), loss=step.loss.detach())
+        return dataclasses.replace(
+            step, hidden=step.hidden.detach(), loss=step.loss.detach(), grad_hidden=step.hidden.grad
+        )
+
+    def impl(name: str, forward: Callable[[int], _Step], **more: Any) -> Impl:
+        return Impl(name, forward, backward, prepare=without_gradients, **more)
 
     impls = [
-        Impl("opd_engine", ours, backward),
-        Impl("opd_ablation_through_logits", on_logits, backward),
-        Impl("opd_ablation_models_alone", models_alone, backward, error=lambda step: _same(step, body)),
+        impl("opd_engine", ours),
+        impl("opd_ablation_through_logits", on_logits),
+        impl("opd_ablation_models_alone", models_alone, error=lambda step: _same(step, body)),
     ]
-    if shape.baselines:
-        impls.append(Impl("torch_eager", by_torch, backward))
-    return Workload(impls, _error(shape, body, student), *_least_work(shape, student), 1)
+    return [*impls, impl("torch_eager", by_torch)] if baselines else impls
 
 
 class _Passes:
-    """The models without their heads; logits of standard deviation 3."""
+    """The models without their heads; the student's layers are recomputed in its backward."""
 
     def __init__(self, student: Any, teacher: Any, tokens: Tensor) -> None:
-        self.student, self.tokens = student, tokens
+        student.activation_checkpointing_enable({"use_reentrant": False})
+        self.student, self.teacher, self.tokens = student, teacher, tokens
         self.scales = {id(model): 1.0 for model in (student, teacher)}
+
+    def spread_logits(self) -> None:
+        """Scale hidden states so that logits have a standard deviation of 3."""
         with torch.no_grad():
-            for model in (student, teacher):
+            for model in (self.student, self.teacher):
                 logits = self.frozen(model)[:4] @ self.head(model).t()
                 self.scales[id(model)] = 3 / float(logits.float().std())
-        self.seen: Tensor | None = None
 
     def head(self, model: Any) -> Tensor:
         return model.get_output_embeddings().weight
@@ -123,12 +194,11 @@ class _Passes:
 
     def live(self) -> Tensor:
         self.student.train()  # there is no dropout; recomputation of layers is for training alone
-        hidden = self._hidden(self.student)
-        self.seen = hidden.detach()
-        return hidden
+        return self._hidden(self.student)
 
     def _hidden(self, model: Any) -> Tensor:
-        states = model.base_model(input_ids=self.tokens, use_cache=False).last_hidden_state[0]
+        causal = {"full_attention": None}  # no [T, T] mask, not even while shapes are traced
+        states = model.base_model(input_ids=self.tokens, use_cache=False, attention_mask=causal).last_hidden_state[0]
         return states * self.scales[id(model)]
 
 
