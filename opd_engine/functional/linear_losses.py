@@ -106,7 +106,8 @@ def linear_distill_loss(
     workspace_bytes: of logits that exist at a time, None for 64 MiB on a CPU and 1.25 GiB / tp_size on a GPU. A chunk
         has max(1, workspace_bytes // (ceil(vocab_size / tp_size) x itemsize)) rows, half with a soft-cap and half where
         tp_size > 1, the same on every rank. The weight's float32 gradient comes on top: it is accumulated in a
-        [vocab_shard_size, hidden_size] tensor, or in main_grad
+        [vocab_shard_size, hidden_size] tensor, or in main_grad; the backward, where the workspace is free again, rounds
+        the former to a half-precision weight's dtype, beside it
     Returns: LinearLoss; float64 for float64 hidden states, else float32.
     Raises: ValueError where an argument is not as above, shapes or devices differ, the teacher, token_weights or
         temperature requires grad, or grad_scale comes without a main_grad to scale; under debug also for ids out of
