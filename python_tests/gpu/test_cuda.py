@@ -190,18 +190,26 @@ for dtype in (torch.float32, torch.bfloat16):
     w = torch.ones(3, device="cuda")
     args = (z.detach().clone(), teacher.indices, teacher.log_probs, teacher.tail_log_prob, w)
     torch.ops.opd_engine.distill_loss_(*args, "reverse_kl", 0.5, 0.1, "bucket", None, 5003, 1.0, None)
+    hidden = torch.randn(7, 16, device="cuda", dtype=dtype).requires_grad_()
+    weight = torch.randn(301, 16, device="cuda", dtype=dtype).requires_grad_()
+    rest = {"logit_softcap": 5.0, "workspace_bytes": 5 * 301 * dtype.itemsize}
+    teacher = opd_engine.linear_topk_log_probs(hidden, weight, 8, **rest)
+    opd_engine.linear_gather_log_probs(hidden, weight, teacher.indices, **rest).log_probs.sum().backward()
+    opd_engine.linear_distill_loss(hidden, weight, teacher, **rest).loss.backward()
+    opd_engine.linear_full_distill_loss(hidden, weight, hidden.detach(), weight.detach(), **rest).loss.backward()
 torch.cuda.synchronize()
 """
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_compute_sanitizer(tool):
+def test_compute_sanitizer(tool, at_most):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on PATH")
     # Fewer launches to watch: ours alone.
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=opd", sys.executable, "-c"]
-    done = subprocess.run([*command, SMALL], capture_output=True, text=True, timeout=120)
+    with at_most(120) as seconds:
+        done = subprocess.run([*command, SMALL], capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 

@@ -16,6 +16,11 @@ SUITES = {
     "divergences": ["truth/test_divergences.py", "-k", "not float64"],
     "full": ["truth/test_full.py", "-k", "not float64 and not gradcheck"],
     "ops": ["truth/test_ops.py", "test_ops_kernels.py", "-k", "not float64 and not dtype0"],
+    "linear": [
+        *("truth/test_linear_losses.py", "truth/test_linear_scores.py"),
+        "-k",
+        "bfloat16 and (plain or softcap)",
+    ],
 }
 pytestmark = pytest.mark.cuda
 
@@ -37,7 +42,8 @@ def running():
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_truth_on_cuda(suite, running):
-    output, _ = running[suite].communicate(timeout=200)
+def test_truth_on_cuda(suite, running, at_most):
+    with at_most(200) as seconds:
+        output, _ = running[suite].communicate(timeout=seconds)
     assert running[suite].returncode == 0, output[-6000:]
     assert " passed" in output
