@@ -164,6 +164,10 @@ def test_what_reads_once_has_the_floor_of_one_read():
     assert half.impls[1].least_work[0] == 1.5 * SMALL.logits_bytes + ids
     copy = build("topk", SMALL, CPU, compile_baselines=False).impls[1]
     assert (copy.name, copy.least_work) == ("torch_copy", (2 * SMALL.logits_bytes, 0))
+    wide = build("topk", dataclasses.replace(SMALL, k=100, baselines=False), CPU)
+    narrow = build("topk", dataclasses.replace(SMALL, k=64, baselines=False), CPU)
+    assert wide.impls[-1].name == "opd_ablation_k64"
+    assert wide.impls[-1].least_work == (narrow.bytes_moved, narrow.flops) != (wide.bytes_moved, wide.flops)
 
 
 @pytest.mark.parametrize(("case", "products"), [("linear_topk", 1), ("linear_gather", 3), ("linear_distill", 3)])

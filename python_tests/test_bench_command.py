@@ -166,6 +166,17 @@ def test_the_matrix_rate_is_measured_in_what_is_multiplied(dtype, monkeypatch):
     assert machine.matmul_dtypes(torch.device("cuda"), dtype, from_hidden=False) == (dtype,)
 
 
+def test_a_product_that_takes_seconds_is_not_repeated(monkeypatch):
+    ran = []
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: ran.append(a.dtype))
+    machine._matmul_tflops(torch.device("cpu"), torch.float32)
+    assert len(ran) == 7
+    times = iter(range(0, 100, 3))
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(times))
+    assert machine._matmul_tflops(torch.device("cpu"), torch.float16) == pytest.approx(2 * 1536**3 / 3 / 1e12)
+    assert len(ran) == 9
+
+
 def test_the_documents_say_what_the_records_say():
     assert report.load(ROOT), "no committed records"
     assert report.out_of_date(ROOT) == [], "run: opd-engine bench report"

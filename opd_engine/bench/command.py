@@ -115,7 +115,8 @@ def _bench(argv: list[str]) -> int:
         one = outcome.records[-1]
         print(
             f"\n{one.device}: {one.machine}, {settings.threads} threads, {one.cpu_variant} kernels, torch {one.torch}, "
-            f"commit {one.commit}; copy {one.copy_gbps:.1f} GB/s (read + write), matmul {one.matmul_tflops:.2f} TFLOP/s"
+            f"commit {one.commit}; copy {one.copy_gbps:.1f} GB/s (read + write), "
+            f"matmul {one.matmul_tflops:.2f} TFLOP/s in {one.matmul_dtype}"
         )
     for line in outcome.skipped:
         print(f"left out: {line}", file=sys.stderr)
