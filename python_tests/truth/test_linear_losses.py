@@ -1,5 +1,7 @@
 """linear_distill_loss and linear_full_distill_loss, docs/math.md (53) to (58), against the float64 oracle."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -128,6 +130,42 @@ def test_every_divergence_over_the_whole_vocabulary(name, dtype):
             (full_definition(true, dtype, **setting), full_definition(eager, None, **setting)),
             (true.leaves(), eager.leaves()),
         )
+
+
+@pytest.mark.parametrize("into", ["grad", "main_grad", "grad_scale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+def test_two_teachers_whose_heads_differ_in_both_widths(dtype, into):
+    """One student, one step: two losses, summed as (43), fill one weight's gradient or one float32 main_grad."""
+    wide = {"hidden": eighths(ROWS, 7, seed=21), "weight": eighths(66, 7, seed=22), "bias": None, "softcap": 3.0}
+    case, shares = CASES["bias"], (0.75, 0.25)
+    other = replace(case, teacher={**wide, "vocab_size": 66})
+    mine, weights = case.cast(dtype).require_grad(), row_weights(torch.zeros(ROWS))
+    workspace_bytes = 7 * WIDTH * dtype.itemsize
+    if into != "grad":
+        mine.weight.main_grad = torch.ones(mine.weight.shape)
+        mine.weight.grad_added_to_main_grad = False
+    total = 0
+    for of, share in zip((case.cast(dtype), other.cast(dtype)), shares, strict=True):
+        scale = {"grad_scale": torch.tensor(share)} if into == "grad_scale" else {}
+        total = (
+            total
+            + share
+            * full_loss(
+                *(replace(mine, teacher=of.teacher), weights, {}), workspace_bytes=workspace_bytes, **scale
+            ).loss
+        )
+    total.backward()
+    got = [part.grad for part in mine.leaves()]
+    if into != "grad":
+        assert mine.weight.grad_added_to_main_grad and not mine.weight.grad.any()
+        got[1] = (mine.weight.main_grad - 1).to(dtype)
+    wanted = []
+    for at, model_dtype in zip(three_ways(case, dtype), (dtype, None), strict=True):
+        cast = other.cast(dtype).cast(at.hidden.dtype)
+        losses = [full_definition(of, model_dtype)() for of in (at, replace(at, teacher=cast.teacher))]
+        loss = sum(share * (one * weights.to(one.dtype)).sum() for one, share in zip(losses, shares, strict=True))
+        wanted.append(torch.autograd.grad(loss, at.leaves()))
+    check_gradients(f"two teachers into {into}", dtype, got, *wanted)
 
 
 def test_a_teacher_of_another_dtype():
