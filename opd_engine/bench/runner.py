@@ -271,7 +271,7 @@ class _Session:
             peak_extra_bytes=whole.peak_bytes,
             max_abs_err=error,
             extra={
-                **impl.extra,
+                **impl.extra(),
                 "pattern": shape.pattern,
                 "mask_density": shape.mask_density,
                 "layout": shape.layout,

@@ -24,18 +24,18 @@ ATTEMPTS = 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mask_density", "goal"), LINEAR_GOALS.items(), ids=str)
-def test_the_linear_loss_is_as_fast_as_the_path_through_logits(mask_density, goal):
+@pytest.mark.parametrize("mask_density", LINEAR_GOALS)
+def test_the_linear_loss_is_as_fast_as_the_path_through_logits(mask_density):
     torch.set_num_threads(min(CORES, 2))
     workload = build("linear_distill", dataclasses.replace(HEAD, mask_density=mask_density), CPU)
     assert [impl.name for impl in workload.impls] == ["opd_engine", "opd_ablation_through_logits"]
     for impl in workload.impls:  # also the warm-up
         assert workload.error(impl.run(impl.prepare(0))) < ERROR_LIMIT["float32"]
-    ratios = []
+    allowed, ratios = LINEAR_GOALS[mask_density].half, []
     for _ in range(ATTEMPTS):
         ours, through_logits = interleave(workload.impls, num_buffers=1, device=CPU, seconds=0, min_rounds=4)
         ratios.append(min(ours) / min(through_logits))
         print(f"{mask_density:.0%} of rows: {min(ours) / 1e6:.2f} s, {ratios[-1]:.2f} x the path through logits")
-        if ratios[-1] < goal.half:
+        if ratios[-1] < allowed:
             return
-    pytest.fail(f"wanted less than {goal.half} x the path through logits, got {', '.join(f'{r:.2f}' for r in ratios)}")
+    pytest.fail(f"wanted less than {allowed} x the path through logits, got {', '.join(f'{r:.2f}' for r in ratios)}")
