@@ -74,9 +74,11 @@ def device(request, monkeypatch):
     if request.param == "cpu_as_cuda":
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch, "addmm", addmm_as_declared(torch.addmm))
-    elif request.param == "cuda":
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
-    return torch.device("cpu" if request.param == "cpu_as_cuda" else request.param)
+    products = torch.backends.cuda.matmul
+    before = products.allow_bf16_reduced_precision_reduction
+    products.allow_bf16_reduced_precision_reduction = False
+    yield torch.device("cpu" if request.param == "cpu_as_cuda" else request.param)
+    products.allow_bf16_reduced_precision_reduction = before
 
 
 def on(device, values):
