@@ -196,7 +196,7 @@ def linear(records: Records) -> str:
 def model_step(records: Records) -> str:
     """A step with the models: what the head and the loss take of it, in time and in memory."""
     plans = [shape for _, shape in plan("model", (), ())]
-    rows = []
+    rows, budget = [], None
     for impl in ("opd_engine", "opd_ablation_through_logits", "opd_ablation_models_alone", "torch_eager"):
         found = [find(records, "step", shape, impl) for shape in plans]
         ours, alone = (find(records, "step", plans[-1], name) for name in ("opd_engine", "opd_ablation_models_alone"))
@@ -209,12 +209,15 @@ def model_step(records: Records) -> str:
                 "1" if impl == "opd_engine" else digits(times_ours(found[-1], ours)),
                 f"{1 - 1 / times_ours(found[-1], alone):.0%}",
                 *(size(record.peak_extra_bytes) for record in found),
+                "" if found[-1].longest_sequence is None else f"{found[-1].longest_sequence:,} tokens",
                 f"{found[-1].max_abs_err:.1e}",
             ]
         )
+        budget = found[-1].longest_sequence_bytes
     tokens = [f"{shape.num_tokens} tokens" for shape in plans]
     header = ["one OPD step, Qwen3-0.6B's shape, float32", *tokens, "x ours", "head and loss"]
-    return markdown([*header, *(f"extra memory, {text}" for text in tokens), "max abs error"], rows)
+    fits = "longest that fits" if budget is None else f"longest that fits in {size(budget)}"
+    return markdown([*header, *(f"extra memory, {text}" for text in tokens), fits, "max abs error"], rows)
 
 
 # file -> marker -> what generates the text between its begin and end
