@@ -60,7 +60,9 @@ def provenance(records: Records) -> str:
     one = find(records, "topk", Shape(256, 151_936))
     if one is None:
         return "No record of the head shape yet."
-    commits = sorted({record.commit for record in records if record.machine == one.machine})
+    place = (one.machine, one.num_tokens, one.vocab_size, one.hidden_size)
+    here = [r for r in records if (r.machine, r.num_tokens, r.vocab_size, r.hidden_size) == place]
+    commits = sorted({record.commit for record in here})
     return (
         f"{one.machine}, {one.threads} threads, {one.cpu_variant} kernels, torch {one.torch}, {one.date}, "
         f"commit {', '.join(commits)}. Cold logits, medians of interleaved samples. The floor follows from the bytes "
