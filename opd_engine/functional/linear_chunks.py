@@ -148,27 +148,42 @@ def _blocks(tensor: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-class HeadGradients:
-    """Gradients of hidden states, weight and bias over all chunks (docs/math.md (56)), accumulated wide.
+class _Gradients:
+    """What gradients of hidden states, weight and bias add up in (docs/math.md (56)).
 
-    hidden: [num_rows, hidden_size] or None, this shard's part, not yet summed over ranks
+    hidden: [num_rows, hidden_size], wide, or None: this shard's part, not yet summed over ranks
     weight: [vocab_shard_size, hidden_size] or None
-    bias: [vocab_shard_size] or None
+    bias: [vocab_shard_size], wide, or None
+    is_added: weight is main_grad, which had something in it before
     """
 
     def __init__(
-        self, head: Head, num_rows: int, needs: tuple[bool, bool, bool], weight_into: Tensor | None = None
+        self,
+        head: Head,
+        num_rows: int,
+        needs: tuple[bool, bool, bool],
+        weight_into: Tensor | None,
+        weight_dtype: torch.dtype,
     ) -> None:
         """needs: of hidden, weight, bias; weight_into: what the weight's gradient is added to, in the wide dtype."""
         wide = wide_dtype(head.weight.dtype)
         width, hidden_size = head.weight.shape
         self.head = head
-        self.hidden = head.weight.new_empty((num_rows, hidden_size), dtype=wide) if needs[0] else None
+        self.hidden = head.weight.new_zeros((num_rows, hidden_size), dtype=wide) if needs[0] else None
         self.weight = weight_into
         if needs[1] and weight_into is None:
-            self.weight = torch.empty((width, hidden_size), dtype=wide, device=head.weight.device)
+            self.weight = torch.empty((width, hidden_size), dtype=weight_dtype, device=head.weight.device)
         self.bias = head.weight.new_zeros((width,), dtype=wide) if needs[2] else None
-        self.is_added = weight_into is not None  # to main_grad, which is then self.weight
+        self.is_added = weight_into is not None
+
+
+class HeadGradients(_Gradients):
+    """Over all chunks, the weight's accumulated wide."""
+
+    def __init__(
+        self, head: Head, num_rows: int, needs: tuple[bool, bool, bool], weight_into: Tensor | None = None
+    ) -> None:
+        super().__init__(head, num_rows, needs, weight_into, wide_dtype(head.weight.dtype))
         self._weight_is_set = self.is_added  # otherwise the first chunk writes what later ones add to
 
     def add(self, rows: slice, grad_logits: Tensor, hidden: Tensor) -> None:
@@ -188,26 +203,17 @@ class HeadGradients:
         return self
 
 
-class TileGradients:
-    """Gradients of hidden states, weight and bias over all tiles, a block of columns after another.
+class TileGradients(_Gradients):
+    """Over all tiles, a block of columns after another.
 
     A block's rows of the weight's gradient are complete and rounded before the next block begins: nothing of
-    [vocab_shard_size, hidden_size] accumulates wide. The members are those of HeadGradients.
+    [vocab_shard_size, hidden_size] accumulates wide.
     """
 
     def __init__(
         self, head: Head, num_rows: int, needs: tuple[bool, bool, bool], weight_into: Tensor | None = None
     ) -> None:
-        """Arguments as of HeadGradients."""
-        wide = wide_dtype(head.weight.dtype)
-        width, hidden_size = head.weight.shape
-        self.head = head
-        self.hidden = head.weight.new_zeros((num_rows, hidden_size), dtype=wide) if needs[0] else None
-        self.weight = weight_into
-        if needs[1] and weight_into is None:
-            self.weight = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
-        self.bias = head.weight.new_zeros((width,), dtype=wide) if needs[2] else None
-        self.is_added = weight_into is not None
+        super().__init__(head, num_rows, needs, weight_into, head.weight.dtype)
         self._num_rows = num_rows
         self._block: Tensor | None = None  # the wide sum of a block of columns whose tiles are several
 

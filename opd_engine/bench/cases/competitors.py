@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,6 +41,18 @@ def find(name: str, device: torch.device) -> tuple[Any, str]:
         return importlib.import_module(module), importlib.metadata.version(distribution)
     except Exception as error:  # a library that fails to import fails in its own way
         return None, f"{distribution} does not import here: {type(error).__name__}: {str(error)[:120]}"
+
+
+def _present(
+    calls: dict[str, Callable[..., Any]], device: torch.device, absent: dict[str, str]
+) -> Iterator[tuple[str, Callable[..., Any], Any]]:
+    """(name, call, module) of those that import; the others go into absent, with the reason."""
+    for name, call in calls.items():
+        module, why = find(name, device)
+        if module is None:
+            absent[name] = why
+        else:
+            yield name, call, module
 
 
 def topk(
@@ -99,11 +112,7 @@ def cross_entropy(
         ),
     }
     impls, absent = [], {}
-    for name, call in calls.items():
-        module, why = find(name, device)
-        if module is None:
-            absent[name] = why
-            continue
+    for name, call, module in _present(calls, device, absent):
 
         def forward(logits: Tensor, module: Any = module, call: Any = call) -> tuple[Tensor, None, Tensor]:
             return call(module, logits), None, logits
@@ -145,11 +154,7 @@ def linear_cross_entropy(
         ),
     }
     impls, absent = [], {}
-    for name, call in calls.items():
-        module, why = find(name, device)
-        if module is None:
-            absent[name] = why
-            continue
+    for name, call, module in _present(calls, device, absent):
 
         def forward(leaves: Any, module: Any = module, call: Any = call) -> tuple[Tensor, None, Any]:
             total = call(module, *leaves)
