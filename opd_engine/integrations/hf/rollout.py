@@ -8,33 +8,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from opd_engine.distillation.rollout_engine import Completions
 from opd_engine.distillation.sampling import check_sampling, draw, likeliest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completions:
-    """What the model wrote after each prompt.
-
-    tokens: per sequence, the generated ids, the end token included where one was drawn.
-    log_probs: per sequence, log q of each generated id at the sampling temperature over the whole vocabulary
-        (before top_k and top_p), float32.
-    finished: per sequence, whether it stopped at an end token rather than at max_new_tokens.
-    top_log_probs: per sequence and token the likeliest (log-prob, id), or None where none were asked for.
-    """
-
-    tokens: list[list[int]]
-    log_probs: list[list[float]]
-    finished: list[bool]
-    top_log_probs: list[list[list[tuple[float, int]]]] | None = None
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -68,6 +51,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    uniforms: Tensor | None = None,
     top_logprobs: int = 0,
 ) -> Completions:
     """Samples one completion a prompt; prompts of any lengths are left-padded and masked.
@@ -77,6 +61,8 @@ def generate(
     temperature: finite, >= 0; 0 takes the most likely id (the lowest of equals).
     top_k, top_p: keep only the k likeliest ids, or the smallest set of that mass; 0 and 1 switch them off.
     generator: of the CPU; the same state gives the same samples at a fixed thread count. None is torch's default.
+    uniforms: [prompts, max_new_tokens] float64 in [0, 1) to draw with instead: a sample then depends on its own row and
+        the model alone, not on what is written beside it.
     top_logprobs: how many of the likeliest ids to return with each token.
     Returns: Completions, in the order of the prompts.
     Raises: ValueError for an empty prompt or a setting out of range.
@@ -89,7 +75,17 @@ def generate(
     model.eval()
     try:
         tokens, log_probs, lengths, finished, tops = _decode(
-            model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k, top_p, generator, top_logprobs
+            model,
+            prompts,
+            max_new_tokens,
+            end_ids,
+            pad_id,
+            temperature,
+            top_k,
+            top_p,
+            generator,
+            uniforms,
+            top_logprobs,
         )
     finally:
         model.train(was_training)
@@ -102,7 +98,9 @@ def generate(
     )
 
 
-def _decode(model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k, top_p, generator, top_logprobs):
+def _decode(
+    model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k, top_p, generator, uniforms, top_logprobs
+):
     device = next(model.parameters()).device
     keep_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     input_ids, attention_mask = _left_pad(prompts, pad_id, device)
@@ -128,8 +126,11 @@ def _decode(model, prompts, max_new_tokens, end_ids, pad_id, temperature, top_k,
         if temperature == 0.0:
             chosen = logits.argmax(-1)
         else:
-            uniforms = torch.rand(len(prompts), dtype=torch.float64, generator=generator)
-            chosen = draw(row_log_probs, uniforms, top_k=top_k, top_p=top_p)
+            if uniforms is None:
+                drawn = torch.rand(len(prompts), dtype=torch.float64, generator=generator)
+            else:
+                drawn = uniforms[:, step]
+            chosen = draw(row_log_probs, drawn, top_k=top_k, top_p=top_p)
         log_probs.append(row_log_probs.gather(1, chosen[:, None])[:, 0])
         tokens.append(chosen)
         if top_logprobs:
