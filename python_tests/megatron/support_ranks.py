@@ -137,7 +137,7 @@ def own_prompts(job: Job) -> dict[str, float]:
 
 def chunked_head(job: Job) -> dict[str, float]:
     """The LM head a few rows at a time: three products where rows stand alone, four elsewhere; tied, then not."""
-    from opd_engine.integrations.megatron.head import HiddenRows
+    from opd_engine.distillation.head import HiddenRows
 
     few = 3 * 4 * job.layout.padded_vocab_size // job.layout.tp
     found, used, plain = {}, [], HiddenRows.distill

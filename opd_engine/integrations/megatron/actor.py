@@ -17,13 +17,14 @@ from torch import Tensor
 
 from opd_engine.distillation.config import OPDConfig
 from opd_engine.distillation.metrics import MetricSums, add_metrics
+from opd_engine.distillation.micro_loss import micro_loss
 from opd_engine.distillation.reductions import Denominators
 from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.distillation.step import ScoredRollouts, score_rollouts
 from opd_engine.integrations.megatron.batches import BatchLayout, MicroInput
+from opd_engine.integrations.megatron.context_parallel import ContextExchange
 from opd_engine.integrations.megatron.groups import MegatronGroups
 from opd_engine.integrations.megatron.limits import check_trainable
-from opd_engine.integrations.megatron.micro_loss import micro_loss
 from opd_engine.integrations.megatron.scorer import MegatronScorer
 from opd_engine.parallel.collectives import all_gather_stacked, all_reduce_sum_, broadcast_
 from opd_engine.teachers.pool import TeacherPool
@@ -172,7 +173,8 @@ class MegatronActor:
         self, micro: MicroInput, hidden: Tensor, scored: ScoredRollouts, denominators: Denominators
     ) -> tuple[Tensor, MetricSums]:
         at_head = self.walk.head.rows(hidden, micro.output_rows)
-        return micro_loss(micro, at_head, self.groups, scored, self.config, denominators)
+        exchange = ContextExchange(micro, self.groups, at_head.device)
+        return micro_loss(micro.batch, at_head, exchange, scored, self.config, denominators)
 
     def _no_loss(self, micro: MicroInput, hidden: Tensor) -> Tensor:
         """Zero, with zero gradients for everything."""

@@ -6,6 +6,8 @@ so the backward communicates nothing: each rank takes the gradient of its own ro
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,21 @@ from opd_engine.integrations.megatron.groups import MegatronGroups
 from opd_engine.parallel.collectives import all_gather_replicated, all_gather_stacked
 
 _FILLS = {"tail_log_prob": 0.0, "lse": torch.nan, "entropy": torch.nan, "target_log_prob": -torch.inf}
+
+
+@dataclass(frozen=True)
+class ContextExchange:
+    """Implements RowExchange for a micro-batch over its context-parallel ranks."""
+
+    micro: MicroInput
+    groups: MegatronGroups
+    device: torch.device
+
+    def own_rows(self) -> Tensor:
+        return own_rows(self.micro, self.groups, self.device)
+
+    def whole_scores(self, scores: TokenScores, indices: Tensor | None = None) -> TokenScores:
+        return whole_scores(scores, self.micro, self.groups, indices)
 
 
 def own_rows(micro: MicroInput, groups: MegatronGroups, device: torch.device | str) -> Tensor:

@@ -13,12 +13,13 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from opd_engine.distillation.head import HiddenRows, LogitRows
 from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.integrations.megatron.batches import BatchLayout, MicroInput
 from opd_engine.integrations.megatron.context_parallel import own_rows, wanted_rows, whole_scores
 from opd_engine.integrations.megatron.groups import MegatronGroups
-from opd_engine.integrations.megatron.head import HiddenRows, KeptHead, LogitRows
+from opd_engine.integrations.megatron.head import KeptHead
 from opd_engine.integrations.megatron.head_check import check_head_is_last
 from opd_engine.integrations.megatron.schedule import StageWalk
 from opd_engine.parallel.collectives import all_gather_stacked, broadcast_

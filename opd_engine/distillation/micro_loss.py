@@ -1,26 +1,81 @@
-"""One micro-batch's part of the loss, on the last stage: from logits, or from hidden states in three or four products.
+"""One micro-batch's part of the loss, from its rows at the LM head: logits, or hidden states in three or four products.
 
-Three where the loss is a sum over rows that needs nothing of other rows (`is_sum_over_rows`): its gradients are then
-computed with it (linear_distill_loss). Otherwise the scores come first, and the backward computes the logits again.
+A framework says which packed rows are here, and how the whole micro-batch's scores come of them. Three products where
+the loss is a sum over rows that needs nothing of other rows (`is_sum_over_rows`): its gradients are then computed with
+it (linear_distill_loss). Otherwise the scores come first, and the backward computes the logits again.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from opd_engine.distillation.config import OPDConfig
+from opd_engine.distillation.head import HiddenRows, LogitRows
 from opd_engine.distillation.members import load_members, one_teacher
 from opd_engine.distillation.metrics import MetricSums
 from opd_engine.distillation.reductions import Denominators
+from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.distillation.row_losses import only_live, row_divergence
 from opd_engine.distillation.step import ScoredRollouts, distillation_loss_of_scores, target_of_loss
 from opd_engine.functional.token_scores import TokenScores
-from opd_engine.integrations.megatron.batches import MicroInput
-from opd_engine.integrations.megatron.context_parallel import own_rows, whole_scores
-from opd_engine.integrations.megatron.groups import MegatronGroups
-from opd_engine.integrations.megatron.head import HiddenRows, LogitRows
 from opd_engine.parallel.sequences import take_rows
+
+
+class RowExchange(Protocol):
+    """Which rows of a micro-batch are here, and what the whole of it is."""
+
+    def own_rows(self) -> Tensor:
+        """[n] int64, the packed row of each row at the head, on its device; -1 for one that only fills."""
+        ...
+
+    def whole_scores(self, scores: TokenScores, indices: Tensor | None = None) -> TokenScores:
+        """[num_tokens, k] from the own rows' [n, k]; rows nobody scored hold no id and all mass in the tail.
+
+        indices: [num_tokens, k] where they are known already
+        Grad: for the own rows.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RowsHere:
+    """Implements RowExchange where one process has all rows that count. Communicates: nothing.
+
+    rows: [n] int64, on the host; num_tokens: of the micro-batch; device: of the scores
+    """
+
+    rows: Tensor
+    num_tokens: int
+    device: torch.device
+
+    def own_rows(self) -> Tensor:
+        return self.rows.to(self.device)
+
+    def whole_scores(self, scores: TokenScores, indices: Tensor | None = None) -> TokenScores:
+        real = (self.rows >= 0).nonzero().flatten()
+        source, target = real.to(self.device), self.rows[real].to(self.device)
+
+        def placed(values: Tensor, fill: float) -> Tensor:
+            absent = values.new_full((self.num_tokens, *values.shape[1:]), fill)
+            return absent.index_copy(0, target, values[source])
+
+        columns = {
+            name: placed(value, fill) for name, fill in _FILLS.items() if (value := getattr(scores, name)) is not None
+        }
+        return TokenScores(indices=placed(scores.indices, -1) if indices is None else indices, **columns)
+
+
+_FILLS = {
+    "log_probs": -torch.inf,
+    "tail_log_prob": 0.0,
+    "lse": torch.nan,
+    "entropy": torch.nan,
+    "target_log_prob": -torch.inf,
+}
 
 
 def is_sum_over_rows(config: OPDConfig) -> bool:
@@ -30,33 +85,33 @@ def is_sum_over_rows(config: OPDConfig) -> bool:
 
 
 def micro_loss(
-    micro: MicroInput,
+    batch: RolloutBatch,
     at_head: LogitRows | HiddenRows,
-    groups: MegatronGroups,
+    exchange: RowExchange,
     scored: ScoredRollouts,
     config: OPDConfig,
     denominators: Denominators,
 ) -> tuple[Tensor, MetricSums]:
     """(the loss, differentiable, and the metrics of the whole micro-batch).
 
-    at_head: this rank's wanted rows
+    batch: the whole micro-batch; at_head: this rank's wanted rows of it; exchange: which these are
 
-    The loss may hold this context-parallel rank's rows alone; its gradient is that of the whole.
-    Communicates: as the scores; under context parallelism one all-gather of them. With kept hidden states as
-        ScoredRollouts.members_at, and one all-gather of each teacher's scores.
+    The loss may hold this rank's rows alone; its gradient is that of the whole.
+    Communicates: as the scores, and as the exchange; with kept hidden states as ScoredRollouts.members_at, and one
+        exchange of each teacher's scores.
     """
-    batch, device = micro.batch, at_head.device
-    rows, members = own_rows(micro, groups, device), None
+    device = at_head.device
+    rows, members = exchange.own_rows(), None
     if config.keep_teacher_hidden:
         chosen = at_head.topk(config.k, temperature=config.temperature).indices
         own = scored.members_at(batch, chosen.masked_fill(rows.unsqueeze(1) < 0, -1), rows, config)
-        first = whole_scores(own[0], micro, groups)
+        first = exchange.whole_scores(own[0])
         indices = first.indices
-        members = [first, *(whole_scores(member, micro, groups, indices) for member in own[1:])]
+        members = [first, *(exchange.whole_scores(member, indices) for member in own[1:])]
     else:
         indices = scored.support(batch, device)
     if isinstance(at_head, HiddenRows) and is_sum_over_rows(config):
-        return _with_its_gradients(micro, at_head, groups, scored, config, denominators, indices, members)
+        return _with_its_gradients(batch, at_head, exchange, scored, config, denominators, indices, members)
     target = target_of_loss(batch, config, denominators, device)
     student = at_head.gather(
         take_rows(indices, rows, fill=-1),
@@ -64,22 +119,21 @@ def micro_loss(
         temperature=config.temperature,
         inplace_backward=config.inplace_backward,
     )
-    whole = whole_scores(student, micro, groups, indices)
+    whole = exchange.whole_scores(student, indices)
     return distillation_loss_of_scores(whole, batch, scored, config, denominators, members)
 
 
 def _with_its_gradients(
-    micro: MicroInput,
+    batch: RolloutBatch,
     at_head: HiddenRows,
-    groups: MegatronGroups,
+    exchange: RowExchange,
     scored: ScoredRollouts,
     config: OPDConfig,
     denominators: Denominators,
     indices: Tensor,
     members: list[TokenScores] | None,
 ) -> tuple[Tensor, MetricSums]:
-    batch, device = micro.batch, at_head.device
-    rows = own_rows(micro, groups, device)
+    device, rows = at_head.device, exchange.own_rows()
     if members is None:
         members, weights = load_members(batch, scored.cache, scored.teachers, scored.mixture, indices)
     else:
@@ -99,7 +153,7 @@ def _with_its_gradients(
         temperature=config.temperature,
     ).loss
     with torch.no_grad():
-        whole = whole_scores(divergence.student(), micro, groups, indices)
+        whole = exchange.whole_scores(divergence.student(), indices)
         _, metrics = distillation_loss_of_scores(whole, batch, scored, config, denominators, members)
     return loss.double(), metrics
 
