@@ -76,10 +76,7 @@ def _run_train(options: argparse.Namespace, unknown: Sequence[str]) -> int:
         print(dry_run(config, options.dry_run))
         return 0
 
-    if config.run.backend == "megatron":
-        from opd_engine.train.megatron import run
-    else:
-        from opd_engine.train.loop import run
+    from opd_engine.train.loop import run
     from opd_engine.train.summary import describe
 
     summary = run(config)

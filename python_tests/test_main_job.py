@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from opd_engine.integrations.fsdp import FSDPActor
+from opd_engine.integrations.hf.engine import InlineEngine
 from opd_engine.integrations.hf.models import load_model, load_tokenizer
 from opd_engine.report.figures import make_figures
 from opd_engine.report.page import render
@@ -56,19 +58,19 @@ def summary(folder, batches, written):
     """The real job, watched: what the student wrote, and what was scored and trained on."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        score, write = loop.score_rollouts, loop.Writer.write
+        score, write = FSDPActor.score_rollouts, InlineEngine.generate
 
-        def watched_score(batch, *arguments):
+        def watched_score(self, batch, teachers):
             batches.append(batch)
-            return score(batch, *arguments)
+            return score(self, batch, teachers)
 
-        def watched_write(self, model, prompts, generator=None, *, greedy=False):
-            completions = write(self, model, prompts, generator, greedy=greedy)
-            written.append((prompts, completions, greedy))
+        def watched_write(self, prompts, sampling, *, seed):
+            completions = write(self, prompts, sampling, seed=seed)
+            written.append((prompts, completions, sampling.temperature == 0))
             return completions
 
-        patch.setattr(loop, "score_rollouts", watched_score)
-        patch.setattr(loop.Writer, "write", watched_write)
+        patch.setattr(FSDPActor, "score_rollouts", watched_score)
+        patch.setattr(InlineEngine, "generate", watched_write)
         return loop.run(reduced(folder, "real"))
 
 
@@ -149,16 +151,16 @@ def test_the_full_step_0_evaluation_agrees_with_a_run_of_no_steps(summary, folde
 def test_the_student_sees_no_label_and_no_token_of_a_teacher(summary, folder, batches, written):
     experiment = prepare(reduced(folder, "real"), lambda *_: None, make=False)
     assert all(prompt.label is None for prompt in experiment.train)
-    trainable = {prompt.token_ids for prompt in experiment.train}
-    assert trainable.isdisjoint({prompt.token_ids for prompt in experiment.evaluation})
+    trainable = {prompt.token_ids: prompt.task for prompt in experiment.train}
+    assert trainable.keys().isdisjoint({prompt.token_ids for prompt in experiment.evaluation})
     rollouts = [(prompts, c) for prompts, c, greedy in written if not greedy and len(prompts) == 192]
     assert len(rollouts) == len(batches) == 110
     for batch, (prompts, completions) in zip(batches, rollouts, strict=True):
         bounds = batch.cu_seqlens.tolist()
         for place, (prompt, tokens) in enumerate(zip(prompts, completions.tokens, strict=True)):
             sequence = batch.tokens[bounds[place] : bounds[place + 1]].tolist()
-            assert sequence == [*prompt.token_ids, *tokens] and prompt.token_ids in trainable
-            assert batch.teacher_names[place] == prompt.task
+            assert sequence == [*prompt, *tokens] and prompt in trainable
+            assert batch.teacher_names[place] == trainable[prompt]
             assert int(batch.loss_mask[bounds[place] : bounds[place + 1]].sum()) == len(tokens)
 
 

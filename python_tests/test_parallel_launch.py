@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_engine.parallel.launch import World, join_world, parallel_groups, read_environment
+from opd_engine.parallel.launch import World, join_world, read_environment
+from opd_engine.parallel.meshes import split_world
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -137,8 +138,7 @@ def test_alone_there_is_nothing_to_set_up(monkeypatch):
     with join_world() as world:
         assert world == World(0, 1, 0, torch.device("cpu"), None)
         assert not torch.distributed.is_initialized()
-        groups = parallel_groups(world, 1)
-    assert (groups.tp_group, groups.dp_group, groups.tp_size, groups.dp_size) == (None, None, 1, 1)
+        assert split_world(world, 1) == (None, None)
     with pytest.raises(ZeroDivisionError), join_world():
         raise ZeroDivisionError  # nobody to tell
 

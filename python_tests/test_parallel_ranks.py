@@ -19,11 +19,13 @@ from opd_engine.parallel.collectives import (
     copy_to_group,
     count_collectives,
     group_rank,
+    group_size,
     reduce_from_group,
     reduce_scatter_rows,
 )
-from opd_engine.parallel.launch import World, parallel_groups
+from opd_engine.parallel.launch import World
 from opd_engine.parallel.linear import vocab_parallel_lm_head
+from opd_engine.parallel.meshes import mesh_group, split_world
 from ranks import run_ranks
 
 WORLD = 3
@@ -148,13 +150,13 @@ def check_the_lm_head(group):
 
 def check_groups_of_the_world(group):
     rank = group_rank(group)
-    groups = parallel_groups(World(rank, WORLD, rank, torch.device("cpu"), group), 3)
-    assert (groups.tp_rank, groups.tp_size, groups.dp_rank, groups.dp_size) == (rank, 3, 0, 1)
-    assert groups.dp_group is None and groups.tp_group.size() == 3
-    groups = parallel_groups(World(rank, WORLD, rank, torch.device("cpu"), group), 1)
-    assert (groups.tp_group, groups.dp_rank, groups.dp_size) == (None, rank, 3)
+    world = World(rank, WORLD, rank, torch.device("cpu"), group)
+    dp, tp = split_world(world, 3)
+    assert dp is None and (group_rank(mesh_group(tp)), group_size(mesh_group(tp))) == (rank, 3)
+    dp, tp = split_world(world, 1)
+    assert tp is None and (group_rank(mesh_group(dp)), group_size(mesh_group(dp))) == (rank, 3)
     with pytest.raises(ValueError, match="tp_size: wanted a divisor of the 3 ranks that were started, got 2"):
-        parallel_groups(World(rank, WORLD, rank, torch.device("cpu"), group), 2)
+        split_world(world, 2)
 
 
 def check_tiling_faults_reach_every_rank_alike(group):

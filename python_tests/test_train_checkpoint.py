@@ -12,26 +12,50 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_engine.integrations.hf.models import load_model, save_model
-from opd_engine.train import checkpoint
+from opd_engine.distillation.actor import Saved
+from opd_engine.distillation.config import OPDConfig
+from opd_engine.integrations.fsdp import FSDPActor
+from opd_engine.integrations.hf.models import load_model
+from opd_engine.parallel.launch import World
 from opd_engine.train.arithmetic import make_tokenizer
 from opd_engine.train.checkpoint import (
     CheckpointError,
+    checkpoint_folder,
     list_checkpoints,
-    load_checkpoint,
+    load_state,
     remove_leftovers,
-    save_checkpoint,
     whole_or_absent,
     write_text,
 )
+from opd_engine.train.checkpoints import Checkpoints
 from tiny_models import wide_qwen3
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+class Writes:
+    """Of an actor, what a checkpoint asks for."""
+
+    def __init__(self, value: float = 1.0, numbers: int = 3) -> None:
+        self.weight = torch.full((numbers,), value)
+
+    def save(self, folder: Path) -> Saved:
+        (folder / "model.bin").write_bytes(b"m" * 1000)
+        with open(folder / "actor.pt", "wb") as file:
+            torch.save({"weight": self.weight}, file)
+        return Saved()
+
+    def load(self, folder: Path) -> None:
+        self.weight = torch.load(folder / "actor.pt", weights_only=True)["weight"]
+
+
+def checkpoints(directory: Path, actor, keep: int = 2) -> Checkpoints:
+    return Checkpoints(directory, keep, ALONE, actor, lambda folder: None)
 
 
 def save(directory: Path, step: int, keep: int = 2, value: float = 1.0) -> Path:
-    def write_model(folder: Path) -> None:
-        (folder / "model.bin").write_bytes(b"m" * 1000)
-
-    return save_checkpoint(directory, step, write_model, {"weight": torch.full((3,), value)}, {"step": step}, keep)
+    checkpoints(directory, Writes(value), keep).save(step, {"step": step})
+    return checkpoint_folder(directory, step)
 
 
 def steps(directory: Path) -> list[int]:
@@ -39,8 +63,9 @@ def steps(directory: Path) -> list[int]:
 
 
 def assert_whole(path: Path, step: int) -> None:
-    tensors, values = load_checkpoint(path)
-    assert values == {"step": step} and torch.equal(tensors["weight"], torch.ones(3))
+    actor = Writes(0.0)
+    assert checkpoints(path.parent, actor).load(path) == load_state(path) == {"step": step}
+    assert torch.equal(actor.weight, torch.ones(3))
     assert (path / "model.bin").stat().st_size == 1000
 
 
@@ -76,7 +101,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole_and_says_so(tmp_path, 
     with pytest.raises(CheckpointError) as error:
         save(tmp_path, 2)
     assert "No space left on device" in str(error.value) and "step 2" in str(error.value)
-    assert "step_00000001, is whole" in str(error.value) and "same command again" in str(error.value)
+    assert "step_00000001, is whole" in str(error.value) and "by the same command" in str(error.value)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"], "nothing half written is left"
     assert_whole(tmp_path / "step_00000001", 1)
@@ -89,8 +114,8 @@ def test_a_disk_that_takes_no_more_is_told_in_the_systems_words(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"File too large; the previous one, .*step_00000001, is whole"):
-            save_checkpoint(tmp_path, 2, lambda folder: None, {"weight": torch.zeros(100_000)}, {"step": 2}, 2)
+        with pytest.raises(CheckpointError, match=r"File too large .*; the previous one, .*step_00000001, is whole"):
+            checkpoints(tmp_path, Writes(numbers=100_000)).save(2, {"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
@@ -108,17 +133,24 @@ WRITER = """
 import sys, time
 from pathlib import Path
 import torch
-from opd_engine.train.checkpoint import save_checkpoint
-directory = Path(sys.argv[1])
-for step in range(1, 1000):
-    def write_model(folder):
+from opd_engine.distillation.actor import Saved
+from opd_engine.parallel.launch import World
+from opd_engine.train.checkpoints import Checkpoints
+
+class Slow:
+    def save(self, folder):
         (folder / "model.bin").write_bytes(b"m" * 500)
         if step == 3:
             print("writing", flush=True)
             time.sleep(60)
         with open(folder / "model.bin", "ab") as file:
             file.write(b"m" * 500)
-    save_checkpoint(directory, step, write_model, {"weight": torch.ones(3)}, {"step": step}, 2)
+        torch.save({"weight": torch.ones(3)}, folder / "actor.pt")
+        return Saved()
+
+checkpoints = Checkpoints(Path(sys.argv[1]), 2, World(0, 1, 0, torch.device("cpu")), Slow(), lambda folder: None)
+for step in range(1, 1000):
+    checkpoints.save(step, {"step": step})
 """
 
 
@@ -176,25 +208,42 @@ def test_a_folder_that_exists_is_not_written_over(tmp_path):
         pass
 
 
-def test_a_damaged_state_is_an_error_that_names_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("name", ["actor.pt", "trainer.json"])
+def test_a_damaged_file_is_an_error_that_names_the_checkpoint(tmp_path, name):
     path = save(tmp_path, 4)
-    (path / "trainer_state.pt").write_bytes(b"not a zip")
+    (path / name).write_bytes(b"not a zip")
     with pytest.raises(CheckpointError, match="step_00000004"):
-        load_checkpoint(path)
+        checkpoints(tmp_path, Writes()).load(path)
 
 
 def test_a_pickle_in_the_state_is_refused(tmp_path):
     path = save(tmp_path, 4)
-    torch.save({"weight": Path("anything that only pickle can rebuild")}, path / "trainer_state.pt")
+    torch.save({"weight": Path("anything that only pickle can rebuild")}, path / "actor.pt")
     with pytest.raises(CheckpointError, match="step_00000004"):
-        load_checkpoint(path)
+        checkpoints(tmp_path, Writes()).load(path)
+
+
+def transformers_actor(seed: int = 0) -> FSDPActor:
+    model = wide_qwen3(seed=seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return FSDPActor(model, optimizer, OPDConfig(k=4), tokenizer=make_tokenizer())
 
 
 def test_transformers_reads_a_checkpoint(tmp_path):
-    model = wide_qwen3()
-    tokenizer = make_tokenizer()
-    path = checkpoint.save_checkpoint(tmp_path, 7, lambda folder: save_model(model, tokenizer, folder), {}, {}, 1)
-    assert (path / "model.safetensors").is_file()
+    actor = transformers_actor()
+    checkpoints(tmp_path, actor).save(7, {})
+    path = checkpoint_folder(tmp_path, 7)
     loaded = load_model(path)
-    for (name, ours), (_, theirs) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+    for (name, ours), (_, theirs) in zip(actor.model.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_ones_stay(tmp_path):
+    actor = transformers_actor()
+    kept = checkpoints(tmp_path, actor)
+    kept.save(3, {})
+    with actor.weights.training(), torch.no_grad():
+        actor.model.model.norm.weight[5] = float("nan")
+    with pytest.raises(CheckpointError, match=r"step 4 .*model.norm.weight are not finite.*step_00000003, is whole"):
+        kept.save(4, {})
+    assert steps(tmp_path) == [3] and len(list(tmp_path.iterdir())) == 1

@@ -74,12 +74,13 @@ def test_completions_are_drawn_from_the_models_distribution_whatever_else_is_in_
     scorer, count = Table(), 4000
     uniforms = torch.rand(count, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     prompts = [[number % 6] for number in range(count)]
-    tokens, log_probs, finished, tops = generate(
+    written = generate(
         scorer, prompts, max_new_tokens=3, end_ids=(5,), temperature=0.7, uniforms=uniforms, top_logprobs=2
     )
+    tokens, tops = written.tokens, written.top_log_probs
     log_q = (scorer.logits.double() / 0.7).log_softmax(1)
     drawn, seen = torch.zeros(6, 6, dtype=torch.float64), []
-    for prompt, ids, log_prob, done in zip(prompts, tokens, log_probs, finished):
+    for prompt, ids, log_prob, done in zip(prompts, tokens, written.log_probs, written.finished):
         assert done == (ids[-1] == 5) and 5 not in ids[:-1] and (done or len(ids) == 3)
         before = prompt + ids
         assert log_prob == pytest.approx([log_q[a, b].item() for a, b in zip(before, ids)])
@@ -101,8 +102,8 @@ def test_completions_are_drawn_from_the_models_distribution_whatever_else_is_in_
         temperature=0.7,
         uniforms=uniforms[half],
     )
-    assert again[0] == [tokens[index] for index in half]
-    greedy = generate(scorer, prompts[:6], max_new_tokens=1, end_ids=(), temperature=0.0)[0]
+    assert again.tokens == [tokens[index] for index in half]
+    greedy = generate(scorer, prompts[:6], max_new_tokens=1, end_ids=(), temperature=0.0).tokens
     assert greedy == [[int(row.argmax())] for row in scorer.logits]
     for options, words in (({"temperature": -1.0}, "temperature: wanted"), ({"temperature": 1.0}, "uniforms: wanted")):
         with pytest.raises(ValueError, match=words):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from opd_engine.cli import main
-from opd_engine.train.checkpoint import list_checkpoints, load_checkpoint
+from opd_engine.train.checkpoint import list_checkpoints, load_state
 from opd_engine.train.journal import read_metrics, without_measurements
 
 pytestmark = pytest.mark.ranks
@@ -85,7 +85,7 @@ def test_two_ranks_give_the_losses_and_weights_of_one(folder):
             assert two[key] == pytest.approx(one[key], rel=1e-10, abs=1e-13, nan_ok=True), (one["step"], key)
     assert ours[-1]["step"] == STEPS and ours[1]["loss"] > 0
     moments = [
-        load_checkpoint(list_checkpoints(folder / run / "checkpoints")[-1][1])[0]["optimizer"]["state"]
+        torch.load(list_checkpoints(folder / run / "checkpoints")[-1][1] / "actor.pt")["optimizer"]["state"]
         for run in ("alone", "shared")
     ]
     for index, state in moments[0].items():
@@ -109,7 +109,7 @@ def test_a_rank_that_fails_ends_the_other_with_its_message(folder, fault, told, 
     assert "opd-engine: error: " in done.stderr
     whole = list_checkpoints(folder / fault / "checkpoints")
     assert [step for step, _ in whole] == [0, 2], "the last one before the fault is there, and none after it"
-    load_checkpoint(whole[-1][1])
+    assert load_state(whole[-1][1])["step"] == 2
     if fault == "full":
-        assert "File too large" in done.stderr and "is whole: make room and give the same command again" in done.stderr
+        assert "File too large" in done.stderr and "step_00000002, is whole; what is whole is continued" in done.stderr
         assert not [path for path in (folder / fault / "checkpoints").iterdir() if path.name.startswith(".writing")]

@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 examples/megatron/train.py examples/megatron/arithmetic.toml --tp 2
     torchrun --nproc-per-node 4 examples/megatron/train.py examples/megatron/arithmetic.toml --tp 2 --run.pp 2
 
-The arguments are those of `opd-engine train`. What runs is opd_engine/train/megatron.py: rollouts by the current
-policy, two teachers, Megatron's schedules and optimizer, evaluation, checkpoints; this file adds a stand-in for CUDA.
+The arguments are those of `opd-engine train`. What runs is its loop over the actor of opd_engine/integrations/megatron:
+rollouts by the current policy, two teachers, Megatron's schedules and optimizer, evaluation, checkpoints; this file
+adds a stand-in for CUDA.
 """
 
 import sys

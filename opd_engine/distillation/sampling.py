@@ -5,8 +5,34 @@ Which token a number gives does not depend on the batch, the device or the ranks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+def sample_seeds(seed: int, step: int, samples: Sequence[int]) -> list[int]:
+    """A number for each sample of a step: the same however samples are dealt to ranks, and after a resume.
+
+    Method: the finaliser of SplitMix64, so that neighbours share nothing.
+    """
+    return [_mixed(_mixed(_mixed(seed) + step) + sample) for sample in samples]
+
+
+def _mixed(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) % 2**64
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return (value ^ (value >> 31)) % 2**63
+
+
+def uniform_rows(seeds: Sequence[int], count: int) -> Tensor:
+    """[len(seeds), count] float64 in [0, 1), each row from its own seed."""
+    found = torch.empty(len(seeds), count, dtype=torch.float64)
+    generator = torch.Generator()
+    for row, seed in zip(found, seeds, strict=True):
+        torch.rand(count, dtype=torch.float64, generator=generator.manual_seed(seed), out=row)
+    return found
 
 
 def draw(log_probs: Tensor, uniforms: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:

@@ -49,18 +49,6 @@ class World:
         return self.rank == 0
 
 
-@dataclass(frozen=True)
-class ParallelGroups:
-    """The groups of one rank. A group of one rank is None. Ranks of a tensor-parallel group are neighbours."""
-
-    tp_group: ProcessGroup | None
-    tp_rank: int
-    tp_size: int
-    dp_group: ProcessGroup | None
-    dp_rank: int
-    dp_size: int
-
-
 def read_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
     """(rank, world_size, local_rank) as torchrun sets them; (0, 1, 0) where no launcher has set any.
 
@@ -162,26 +150,6 @@ def join_world(device: str = "cpu", *, timeout_s: float = 600.0, group_when_alon
             dist.destroy_process_group()
     if exit_request is not None:
         raise exit_request
-
-
-def parallel_groups(world: World, tp_size: int) -> ParallelGroups:
-    """Split the world into tensor-parallel groups of neighbouring ranks, and data-parallel groups across them.
-
-    Raises: ValueError where tp_size < 1 or does not divide the world.
-    Communicates: every rank of the world must call: groups are made by all ranks in the same order.
-    """
-    if tp_size < 1 or world.world_size % tp_size != 0:
-        raise ValueError(f"tp_size: wanted a divisor of the {world.world_size} ranks that were started, got {tp_size}")
-    dp_size = world.world_size // tp_size
-    tp_rank, dp_rank = world.rank % tp_size, world.rank // tp_size
-    tp_group = dp_group = None
-    if tp_size > 1:
-        groups = [dist.new_group(list(range(dp * tp_size, (dp + 1) * tp_size))) for dp in range(dp_size)]
-        tp_group = groups[dp_rank]
-    if dp_size > 1:
-        groups = [dist.new_group(list(range(tp, world.world_size, tp_size))) for tp in range(tp_size)]
-        dp_group = groups[tp_rank]
-    return ParallelGroups(tp_group, tp_rank, tp_size, dp_group, dp_rank, dp_size)
 
 
 def _open_stores(rank: int, timeout: timedelta) -> tuple[dist.Store, dist.Store]:

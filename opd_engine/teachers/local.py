@@ -141,6 +141,16 @@ class LocalTeacher:
                 parts.append(hidden[micro.loss_mask.nonzero().flatten().to(hidden.device)])
         return torch.cat(parts)
 
+    def full_rows(self, batch: ScoringBatch) -> _Logits:
+        """Logits of the rows that count: [rows, vocab_shard_size] of memory, for batches of evaluation's size."""
+        parts = []
+        with self._scoring(), torch.no_grad(), scoring_mode(self.backend):
+            for micro in batch.micro_batches(max_tokens=self.max_tokens):
+                logits = self.backend.logits(micro)
+                parts.append(logits[micro.loss_mask.nonzero().flatten().to(logits.device)])
+        whole = torch.cat(parts) if parts else torch.empty(0, self.vocab_size)
+        return _Logits(whole, None if not parts else self._shard(whole))
+
     def head_on(self, device: torch.device | None) -> _LocalHead:
         """The backend's own head, where it is."""
         return _LocalHead(self)
@@ -191,6 +201,21 @@ class LocalTeacher:
         for rows in wanted.split(self.max_tokens):
             if rows.numel():
                 yield rows, self.backend.project(hidden[rows.to(hidden.device)])
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """Implements FullRows."""
+
+    whole: Tensor
+    shard: VocabShard | None
+
+    @property
+    def num_rows(self) -> int:
+        return self.whole.shape[0]
+
+    def logits(self, rows: slice) -> Tensor:
+        return self.whole[rows]
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,35 @@ class ChoosingTeacher(Teacher, Protocol):
         ...
 
 
+def holds_scores(teacher: Teacher) -> bool:
+    """Whether what it answers on this rank is real: on a pipeline, only the last stage's is."""
+    return getattr(teacher, "holds_scores", True)
+
+
+class FullRows(Protocol):
+    """Some rows of a model over its whole vocabulary, or this rank's shard of it.
+
+    num_rows: how many; 0 on a pipeline stage that has no head
+    shard: the columns of this rank, None for all of them
+    """
+
+    num_rows: int
+    shard: VocabShard | None
+
+    def logits(self, rows: slice) -> Tensor:
+        """[rows, vocab_shard_size]; no gradient."""
+        ...
+
+
+@runtime_checkable
+class FullTeacher(Teacher, Protocol):
+    """A teacher whose whole distributions can be looked at, for evaluation."""
+
+    def full_rows(self, batch: ScoringBatch) -> FullRows:
+        """The rows that count, in order; they stay when another model takes this one's place."""
+        ...
+
+
 class TeacherHead(Protocol):
     """A teacher's LM head on a device; it holds that memory for as long as it lives."""
 

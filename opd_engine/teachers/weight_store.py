@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opd_engine.parallel.tensors import local_tensor
 from opd_engine.teachers.fingerprint import fingerprint
 
 EXTRA_STATE = "_extra_state"
@@ -257,9 +258,16 @@ class WeightStore:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[dict[str, Tensor]]:
-        """Around writing a checkpoint; gives the live tensors by name."""
+        """Around writing a checkpoint; gives the live tensors by name.
+
+        Raises: WrongWeightsError also for weights that are not finite: an earlier checkpoint is worth more.
+        """
         with self._guarded("a save"):
-            yield self.live_tensors()
+            tensors = self.live_tensors()
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and not bool(local_tensor(tensor).isfinite().all()):
+                    raise WrongWeightsError(f"a save: the weights {name} are not finite (NaN or infinite)")
+            yield tensors
 
     def accept_live(self) -> None:
         """Say that the live weights, just read from the student's own checkpoint, are the trainable ones.

@@ -1,26 +1,26 @@
 """Checkpoints that are whole or absent: written aside, forced to disk, then renamed into place.
 
-A full disk or a kill at any moment leaves the previous checkpoint as it was. Each one is a folder that
-`AutoModelForCausalLM.from_pretrained` reads, beside it the trainer's state; no pickle is read back.
+A full disk or a kill at any moment leaves the previous checkpoint as it was. What the actor writes is its own; beside
+it lies the loop's state as JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from opd_engine.teachers.weight_store import WrongWeightsError
 
 _NAME = re.compile(r"step_(\d{8})")
 _WRITING = ".writing-"
 _REMOVING = ".removing-"
-_STATE_FILE = "trainer_state.pt"
 _JSON_FILE = "trainer.json"
 
 
@@ -125,47 +125,20 @@ def _remove(path: Path) -> None:
 
 def _reason(error: BaseException, directory: Path) -> str:
     """The operating system's own words where the error came from them, else the last line and how full the disk is."""
+    if isinstance(error, WrongWeightsError):
+        return str(error)
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError):
-            return str(link)
+            return f"{link} (make room)" if link.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else str(link)
         link = link.__cause__ or link.__context__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     free_mib = shutil.disk_usage(directory).free / 2**20
     return f"{lines[-1] if lines else type(error).__name__} ({free_mib:,.0f} MiB are free there)"
 
 
-def save_checkpoint(
-    directory: Path,
-    step: int,
-    write_model: Callable[[Path], None],
-    tensors: Mapping[str, Any],
-    values: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Writes the checkpoint of a step and removes all but the `keep` newest.
-
-    directory: of the run's checkpoints.  step: optimizer steps done.
-    write_model: writes the model's files into the folder it is given.
-    tensors: nested dicts and lists of tensors and plain values (optimizer, generators).  values: for JSON.
-    Returns: the checkpoint's folder. One that is there already is left as it is.
-    Raises: CheckpointError where it cannot be written, a full disk included; earlier checkpoints stay whole.
-    Mutates: directory.
-    """
-    target = checkpoint_folder(directory, step)
-    if not target.exists():
-        with told_as_checkpoint_error(directory, step), whole_or_absent(target) as folder:
-            write_model(folder)
-            write_state(folder, tensors, values)
-    keep_newest(directory, keep)
-    return target
-
-
-def write_state(folder: Path, tensors: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """The trainer's part of a checkpoint, beside the model's. Mutates: the folder."""
-    # A file of ours: given a path, torch's writer reports a full disk as a wrong position and no more.
-    with open(folder / _STATE_FILE, "wb") as file:
-        torch.save(dict(tensors), file)
+def write_state(folder: Path, values: Mapping[str, Any]) -> None:
+    """The loop's part of a checkpoint, beside the actor's. Mutates: the folder."""
     (folder / _JSON_FILE).write_text(json.dumps(dict(values), indent=1), encoding="utf-8")
 
 
@@ -178,25 +151,20 @@ def told_as_checkpoint_error(directory: Path, step: int) -> Iterator[None]:
         raise
     except BaseException as error:  # torch's distributed checkpoints raise what is no Exception
         whole = list_checkpoints(directory)
-        kept = (
-            f"the previous one, {whole[-1][1]}, is whole: make room and give the same command again"
-            if whole
-            else "there is none yet"
-        )
+        kept = f"the previous one, {whole[-1][1]}, is whole" if whole else "there is none yet"
         target = checkpoint_folder(directory, step)
         raise CheckpointError(
-            f"cannot write the checkpoint of step {step} to {target}: {_reason(error, directory)}; {kept}"
+            f"cannot write the checkpoint of step {step} to {target}: {_reason(error, directory)}; {kept}; what is "
+            "whole is continued by the same command"
         ) from error
 
 
-def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
-    """(tensors, values) of a checkpoint, as save_checkpoint was given them.
+def load_state(path: Path) -> dict[str, Any]:
+    """What write_state was given.
 
-    Raises: CheckpointError where a file is missing or cannot be read.
+    Raises: CheckpointError where the file is missing or cannot be read.
     """
     try:
-        tensors = torch.load(path / _STATE_FILE, map_location=device, weights_only=True)
-        values = json.loads((path / _JSON_FILE).read_text(encoding="utf-8"))
-    except Exception as error:
+        return json.loads((path / _JSON_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
-    return tensors, values

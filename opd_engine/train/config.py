@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_engine.distillation.config import OPDConfig
+from opd_engine.train.backends import backend, check_capabilities
 from opd_engine.train.settings import (
     ConfigError,
     Setting,
@@ -46,19 +47,19 @@ class RunConfig:
     backend: str = _field(
         "hf", "what trains the student: transformers here, or megatron-core", choices=("hf", "megatron")
     )
-    tp: int = _field(1, "ranks that share the LM head; hf wants exactly as many started", unit="processes", min=1)
+    tp: int = _field(1, "ranks that share the LM head, and with megatron every layer", unit="processes", min=1)
     pp: int = _field(1, "megatron: pipeline stages", unit="processes", min=1)
     cp: int = _field(1, "megatron: ranks that share a sequence", unit="processes", min=1)
     teacher_weights: str = _field(
-        "switch",
-        "megatron: teachers of the student's shape take its place in turn (switch), or each is a module of its own, on "
-        "the host between turns (staged) or always on the device (resident)",
-        choices=("switch", "staged", "resident"),
+        "auto",
+        "teachers of the student's shape take its place in turn (switch, megatron's choice where it can), or each is a "
+        "module of its own, on the host between turns (staged) or always on the device (resident, the choice of hf)",
+        choices=("auto", "switch", "staged", "resident"),
     )
     workspace_bytes: int = _field(
         0,
-        "megatron: logits that exist at a time; the LM head then works in chunks and gives its gradients with the "
-        "loss, 0 makes the logits of all rows that count",
+        "logits that exist at a time; the LM head then works in chunks and gives its gradients with the loss, 0 makes "
+        "the logits of all rows that count",
         unit="bytes",
         min=0,
     )
@@ -252,22 +253,7 @@ class TrainConfig:
             raise ConfigError(f'teachers: data.task = "{self.data.task}" makes its own, got {", ".join(self.teachers)}')
         if self.run.wandb_project and importlib.util.find_spec("wandb") is None:
             raise ConfigError(f"run.wandb_project: got {self.run.wandb_project!r}, and wandb is not installed")
-        if self.run.backend == "hf" and self.run.workspace_bytes:
-            raise ConfigError(
-                f'run.workspace_bytes: wanted 0 for run.backend = "hf", got {self.run.workspace_bytes}; only the '
-                "megatron backend computes the LM head in chunks"
-            )
-        if self.run.backend == "hf" and self.run.recompute != "none":
-            raise ConfigError(
-                f'run.recompute: wanted none for run.backend = "hf", got {self.run.recompute}; only the megatron '
-                "backend recomputes"
-            )
-        for key in ("pp", "cp"):
-            if self.run.backend == "hf" and getattr(self.run, key) != 1:
-                raise ConfigError(
-                    f'run.{key}: wanted 1 for run.backend = "hf", got {getattr(self.run, key)}; '
-                    "only the megatron backend splits layers or sequences"
-                )
+        check_capabilities(self, backend(self.run.backend).CAPABILITIES)
         if self.rollout.top_logprobs and self.opd.support != "rollout":
             raise ConfigError(
                 f'rollout.top_logprobs: wanted 0 for opd.support = "{self.opd.support}", got '

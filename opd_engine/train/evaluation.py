@@ -1,43 +1,40 @@
-"""Held-out evaluation: greedy accuracy where prompts have labels, full-vocabulary divergence, perplexity of texts.
+"""Held-out evaluation: greedy accuracy where prompts have labels, divergence to the teachers, perplexity of texts.
 
-It draws from generators of its own: when and how often a run is evaluated changes nothing of what it learns.
+It draws with numbers of its own: when and how often a run is evaluated changes nothing of what it learns. Every rank
+takes the prompts that are its share's; the numbers are those of all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from opd_engine.distillation.full_rows import full_divergence
 from opd_engine.distillation.rollout import RolloutBatch, pack_rollouts
-from opd_engine.functional.full import full_distill_loss
-from opd_engine.functional.scores import gather_log_probs
-from opd_engine.integrations.hf.backend import HFBackend
-from opd_engine.teachers.local import scoring_mode
+from opd_engine.distillation.rollout_engine import RolloutEngine, Sampling
+from opd_engine.distillation.sampling import sample_seeds
+from opd_engine.teachers.protocols import FullTeacher, Teacher, holds_scores
+from opd_engine.train.assembly import Assembly
 from opd_engine.train.config import EvalConfig
 from opd_engine.train.experiment import Experiment
 from opd_engine.train.prompts import Prompt
-from opd_engine.train.rollouts import Writer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Evaluator:
     """Measures a student, or a teacher, on what was held out.
 
-    temperature: of both sides in the divergence.  seed: of the rollouts on which it is measured without passages.
+    sampling: of the rollouts.  temperature: of both sides in the divergence.
+    seed: of the rollouts on which it is measured without passages.
     """
 
     experiment: Experiment
     config: EvalConfig
-    writer: Writer
-    tokenizer: PreTrainedTokenizerBase
+    parts: Assembly
+    sampling: Sampling
     temperature: float
     seed: int
 
@@ -48,101 +45,101 @@ class Evaluator:
         limit = self.config.max_prompts or None
         return {task: prompts[:limit] for task, prompts in sorted(by_task.items())}
 
-    def accuracy(self, model: HFBackend, tasks: Sequence[str] | None = None) -> dict[str, float]:
+    def accuracy(self, engine: RolloutEngine, tasks: Sequence[str] | None = None) -> dict[str, float]:
         """Fraction of labelled held-out prompts answered exactly, greedily, by task; no labels, no entry."""
-        found = {}
+        found, shares = {}, self.parts.shares
         for task, prompts in self._held_out().items():
             labelled = [prompt for prompt in prompts if prompt.label is not None]
             if labelled and (tasks is None or task in tasks):
-                written = self.writer.write(model.module, labelled, greedy=True)
-                found[task] = sum(self.right(written.tokens, [p.label for p in labelled])) / len(labelled)
+                own = [labelled[index] for index in shares.deal(len(labelled))]
+                written = engine.generate([p.token_ids for p in own], self.sampling.greedy(), seed=[0] * len(own))
+                right = sum(self.right(written.tokens, [p.label for p in own]))
+                found[task] = shares.sum(torch.tensor([float(right)], dtype=torch.float64))[0] / len(labelled)
         return found
 
     def right(self, completions: Sequence[Sequence[int]], labels: Sequence[str | None]) -> list[bool]:
         """Whether each completion, its end token and outer white space left out, is the label."""
-        ends = self.writer.end_ids
+        ends = self.sampling.end_ids
         bodies = [tokens[:-1] if tokens and tokens[-1] in ends else tokens for tokens in completions]
-        answers = self.tokenizer.batch_decode(bodies, skip_special_tokens=True)
+        answers = self.parts.tokenizer.batch_decode(bodies, skip_special_tokens=True)
         return [label is not None and answer.strip() == label.strip() for answer, label in zip(answers, labels)]
 
-    def _batches(self, student: HFBackend, teacher: str) -> Iterator[RolloutBatch]:
+    def _batches(self, teacher: str) -> Iterator[RolloutBatch]:
         """What divergence is measured on: the passages, or what the student samples after the held-out prompts."""
-        limit = self.config.max_prompts or None
+        limit, deal = self.config.max_prompts or None, self.parts.shares.deal
         if passages := self.experiment.passages.get(teacher, [])[:limit]:
-            pairs = [(passage[:1], passage[1:]) for passage in passages]
+            pairs = [(passages[index][:1], passages[index][1:]) for index in deal(len(passages))]
         else:
             prompts = [p for prompts in self._held_out().values() for p in prompts if p.teacher in ("", teacher)]
-            generator = torch.Generator().manual_seed(self.seed)
-            written = self.writer.write(student.module, prompts, generator)
-            pairs = [(prompt.token_ids, tokens) for prompt, tokens in zip(prompts, written.tokens, strict=True)]
+            own = deal(len(prompts))
+            ids = [prompts[index].token_ids for index in own]
+            written = self.parts.engine.generate(ids, self.sampling, seed=sample_seeds(self.seed, 0, own))
+            pairs = list(zip(ids, written.tokens, strict=True))
         for start in range(0, len(pairs), self.config.batch_size):
             part = pairs[start : start + self.config.batch_size]
             yield pack_rollouts([prompt for prompt, _ in part], [tokens for _, tokens in part])
 
-    @torch.no_grad()
-    def divergence(self, student: HFBackend, teachers: Mapping[str, HFBackend]) -> dict[str, float]:
-        """forward_kl over the full vocabulary, in nats a token, by teacher."""
-        found = {}
-        for name, teacher in teachers.items():
+    def divergence(self) -> dict[str, float]:
+        """forward_kl over the full vocabulary, in nats a token, by teacher; absent where two models cannot be compared.
+
+        A teacher that gives no logits, or whose shards of the vocabulary are cut elsewhere, cannot.
+        """
+        student, teachers, found = self.parts.actor.student, self.parts.teachers, {}
+        for name in teachers.names:
             total, rows = 0.0, 0
-            for batch in self._batches(student, name):
-                with scoring_mode(student), scoring_mode(teacher):
-                    ours, theirs = student.logits(batch), teacher.logits(batch)
-                if student.shard is not None and student.vocab_size != teacher.vocab_size:
-                    break  # the shards' boundaries differ, and a full-vocabulary loss needs the same
-                mask = batch.loss_mask.to(ours.device)
-                loss = full_distill_loss(
-                    ours[mask],
-                    theirs[mask],
-                    divergence="forward_kl",
-                    temperature=self.temperature,
-                    shard=student.shard,
-                    teacher_vocab_size=teacher.vocab_size,
-                )
-                total += float(loss.double().sum())
-                rows += int(mask.sum())
+            if not isinstance(teachers[name], FullTeacher) or not isinstance(student, FullTeacher):
+                continue
+            for batch in self._batches(name):
+                values = full_divergence(student, teachers[name], batch, temperature=self.temperature)
+                if values is None:
+                    break
+                total += float(values.double().sum())
+                rows += values.numel()
+            total, rows = self._over_shares(total, rows)
             if rows:
                 found[name] = total / rows
         return found
 
-    @torch.no_grad()
-    def perplexity(self, model: HFBackend, names: Sequence[str] | None = None) -> dict[str, float]:
+    def perplexity(self, model: Teacher, names: Sequence[str] | None = None) -> dict[str, float]:
         """exp of the mean negative log-prob of the held-out passages' tokens, by teacher; absent without passages."""
         found = {}
         for name in self.experiment.passages:
             if names is not None and name not in names:
                 continue
             total, rows = 0.0, 0
-            for batch in self._batches(model, name):
-                with scoring_mode(model):
-                    log_probs = next_token_log_probs(model, batch)
-                total -= float(log_probs.double().sum())
-                rows += log_probs.numel()
+            for batch in self._batches(name):
+                target = batch.next_tokens().masked_fill(~batch.loss_mask, -1)
+                scores = model.score(batch, torch.empty(batch.num_tokens, 0, dtype=torch.int64), target=target)
+                if holds_scores(model):
+                    log_probs = scores.target_log_prob.cpu()[batch.loss_mask]
+                    total -= float(log_probs.double().sum())
+                    rows += log_probs.numel()
+            total, rows = self._over_shares(total, rows)
             found[name] = math.exp(total / rows)
         return found
 
-    def measure(self, student: HFBackend, teachers: Mapping[str, HFBackend]) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """All of it for the student, as flat keys: accuracy/TASK, forward_kl/TEACHER, perplexity/TEACHER."""
+        parts = self.parts
         return {
-            **{f"accuracy/{task}": value for task, value in self.accuracy(student).items()},
-            **{f"forward_kl/{name}": value for name, value in self.divergence(student, teachers).items()},
-            **{f"perplexity/{name}": value for name, value in self.perplexity(student).items()},
+            **{f"accuracy/{task}": value for task, value in self.accuracy(parts.engine).items()},
+            **{f"forward_kl/{name}": value for name, value in self.divergence().items()},
+            **{f"perplexity/{name}": value for name, value in self.perplexity(parts.actor.student).items()},
         }
 
-    def measure_teachers(self, teachers: Mapping[str, HFBackend]) -> dict[str, dict[str, float]]:
+    def measure_teachers(self) -> dict[str, dict[str, float]]:
         """{"accuracy": {task: value}, "perplexity": {name: value}}, each task and text by its own teacher."""
         own = {task: prompts[0].teacher for task, prompts in self._held_out().items()}
         accuracy, perplexity = {}, {}
-        for name, teacher in teachers.items():
-            accuracy |= self.accuracy(teacher, [task for task, teacher_name in own.items() if teacher_name == name])
-            perplexity |= self.perplexity(teacher, [name])
+        for name in self.parts.teachers.names:
+            if name in self.parts.teacher_engines:
+                tasks = [task for task, teacher in own.items() if teacher == name]
+                accuracy |= self.accuracy(self.parts.teacher_engines[name], tasks)
+            perplexity |= self.perplexity(self.parts.teachers[name], [name])
         return {"accuracy": accuracy, "perplexity": perplexity}
 
-
-def next_token_log_probs(model: HFBackend, batch: RolloutBatch) -> Tensor:
-    """log q of the token that follows, [rows that count], under the whole vocabulary at temperature 1."""
-    logits = model.logits(batch)
-    mask = batch.loss_mask.to(logits.device)
-    target = batch.next_tokens().to(logits.device)[mask]
-    support = torch.empty(int(mask.sum()), 0, dtype=torch.int64, device=logits.device)
-    return gather_log_probs(logits[mask], support, target=target, shard=model.shard).target_log_prob
+    def _over_shares(self, total: float, rows: int) -> tuple[float, int]:
+        """Of all shares, on every stage."""
+        known = self.parts.shares.known(torch.tensor([total, rows], dtype=torch.float64))
+        total, rows = self.parts.shares.sum(known)
+        return total, int(rows)

@@ -1,13 +1,13 @@
-"""The training loop: rollouts by the student, scores by its teachers, one divergence, AdamW; evaluate, save, resume.
+"""The training loop: rollouts by the student, scores by its teachers, one divergence, one optimizer; evaluate, save.
 
-Read `run` first, then Trainer.step: everything above the loss is in these two. A resumed run continues bit for bit:
-weights, optimizer, generators and the data cursor are in the checkpoint, metrics.jsonl is cut back to it.
+Read `run` first, then Trainer.step: everything above the loss is in these two. The loop knows its parts by protocol
+(opd_engine/train/assembly.py), so it is the same for every backend. A run killed at any moment continues when the same
+command is given again: bit for bit on the same ranks, to rounding on others.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,26 +15,18 @@ from typing import Any
 
 import torch
 
-from opd_engine.distillation.metrics import add_metrics
 from opd_engine.distillation.phases import Phases
-from opd_engine.distillation.reductions import Denominators
+from opd_engine.distillation.policy import group_advantages
 from opd_engine.distillation.rollout import RolloutBatch, pack_rollouts
-from opd_engine.distillation.step import ScoredRollouts, distillation_loss, row_divergences, score_rollouts
-from opd_engine.integrations.hf.backend import HFBackend, even_shard, make_backend
-from opd_engine.integrations.hf.models import (
-    end_token_ids,
-    load_model,
-    load_tokenizer,
-    padding_token_id,
-    save_model,
-    torch_dtype,
-)
-from opd_engine.integrations.hf.rollout import Completions
-from opd_engine.parallel.collectives import all_gather_json, all_reduce_max_, barrier
-from opd_engine.parallel.launch import ParallelGroups, World, join_world, parallel_groups
-from opd_engine.teachers.local import LocalTeacher
-from opd_engine.teachers.pool import TeacherPool
-from opd_engine.train.checkpoint import load_checkpoint, save_checkpoint, write_text
+from opd_engine.distillation.rollout_engine import Completions, Publication, Sampling
+from opd_engine.distillation.sampling import sample_seeds
+from opd_engine.distillation.step import ScoredRollouts
+from opd_engine.parallel.collectives import all_reduce_max_, barrier
+from opd_engine.parallel.launch import World, join_world
+from opd_engine.train.assembly import Assembly
+from opd_engine.train.backends import backend, check_capabilities
+from opd_engine.train.checkpoint import load_state, write_text
+from opd_engine.train.checkpoints import Checkpoints
 from opd_engine.train.config import TrainConfig
 from opd_engine.train.evaluation import Evaluator
 from opd_engine.train.experiment import Experiment, prepare
@@ -43,8 +35,7 @@ from opd_engine.train.plots import draw_plots
 from opd_engine.train.pretrain import learning_rate_factor
 from opd_engine.train.progress import Progress
 from opd_engine.train.prompts import Prompt, PromptCursor
-from opd_engine.train.rollouts import Writer
-from opd_engine.train.run_folder import CHECKPOINTS, RunFolder, opened
+from opd_engine.train.run_folder import CHECKPOINTS, RunFolder, folder_identity, opened
 from opd_engine.train.samples import append_samples, choose
 from opd_engine.train.settings import ConfigError
 from opd_engine.train.summary import SUMMARY_FILE, make_summary
@@ -53,123 +44,92 @@ from opd_engine.train.summary import SUMMARY_FILE, make_summary
 def run(config: TrainConfig) -> dict[str, Any]:
     """Trains as the configuration says; the folder it writes is config.run.output_dir.
 
-    Returns: the summary, as summary.json holds it.
-    Raises: ConfigError or ValueError for what cannot run; CheckpointError where a checkpoint cannot be written.
+    Returns: the summary, as summary.json holds it, on the first rank; nothing on the others.
+    Raises: ConfigError or ValueError for what cannot run, before anything is trained; CheckpointError where a
+        checkpoint cannot be written.
     """
     started = time.monotonic()
     config.validate()
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    _quiet_transformers()
-    with join_world(config.run.device.split(":")[0], timeout_s=config.run.timeout_s) as world:
-        if world.world_size != config.run.tp:
-            raise ConfigError(
-                f"run.tp: wanted the number of ranks that were started, {world.world_size}, got {config.run.tp} "
-                "(start them with: torchrun --nproc-per-node TP -m opd_engine train ... --tp TP)"
-            )
-        with opened(config, world) as folder:
-            return Trainer(config, world, started, folder).train()
+    chosen, device = backend(config.run.backend), config.run.device.split(":")[0]
+    with (
+        join_world(device, timeout_s=config.run.timeout_s, group_when_alone=chosen.NEEDS_GROUP) as world,
+        opened(config, world) as folder,
+    ):
+        progress = Progress(shown=world.is_main and not config.run.quiet)
+        experiment = _prepare(config, world, folder, progress)
+        tasks = {prompt.task for prompt in (*experiment.train, *experiment.evaluation)}
+        config.opd.tasks = config.opd.tasks or tuple(sorted(tasks - {""}))
+        with chosen.assemble(config, world, experiment) as parts:
+            return Trainer(config, world, folder, experiment, parts, progress, started).train()
 
 
-def _quiet_transformers() -> None:
-    """Its bars for every folder it reads or writes would drown ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+def _prepare(config: TrainConfig, world: World, folder: RunFolder, progress: Progress) -> Experiment:
+    """Models and prompts; what an embedded example makes, the first rank makes and the others find."""
+    if world.is_main:
+        folder.discard_models()
+        experiment = prepare(config, progress.supervised)
+    barrier(world.group)
+    return experiment if world.is_main else prepare(config, progress.supervised, make=False)
 
 
 class Trainer:
-    """One run on one rank: models, optimizer, cursor and generators, and the steps over them."""
+    """One run on one rank: its parts, the data cursor, and the steps over them."""
 
-    def __init__(self, config: TrainConfig, world: World, started: float, folder: RunFolder) -> None:
-        self.config, self.world, self.started, self.folder = config, world, started, folder
-        self.directory = folder.path
-        self.groups = parallel_groups(world, config.run.tp)
-        self.progress = Progress(shown=world.is_main and not config.run.quiet)
-        self.experiment = self._prepare()
-        tasks = {prompt.task for prompt in (*self.experiment.train, *self.experiment.evaluation)}
-        config.opd.tasks = config.opd.tasks or tuple(sorted(tasks - {""}))
-        self._load_models()
-        self.optimizer = torch.optim.AdamW(
-            self.student.module.parameters(),
-            lr=config.optimizer.lr,
-            betas=(config.optimizer.beta1, config.optimizer.beta2),
-            weight_decay=config.optimizer.weight_decay,
-        )
-        self.cursor = PromptCursor(self.experiment.train, config.data.mixing, config.run.seed)
-        self.generator = torch.Generator().manual_seed(config.run.seed)
-        torch.manual_seed(config.run.seed)
-        self.step_number = 0
-        self.teacher_values: dict[str, dict[str, float]] = {}
-        self.seconds_before = 0.0
-        journal_size = self._restore(folder.checkpoint) if folder.checkpoint is not None else None
-        if world.is_main:
-            folder.begin(self.step_number)
-        self.journal = (
-            Journal(
-                self.directory,
-                size=journal_size,
-                first_step=self.step_number + 1,
-                wandb_project=config.run.wandb_project,
-            )
-            if world.is_main
-            else None
-        )
-
-    # ---- starting ----------------------------------------------------------------------------------------------------
-    def _prepare(self) -> Experiment:
-        if self.world.is_main:
-            self.folder.discard_models()
-            experiment = prepare(self.config, self.progress.supervised)
-        barrier(self.world.group)
-        return experiment if self.world.is_main else prepare(self.config, self.progress.supervised, make=False)
-
-    def _load_models(self) -> None:
-        config, groups = self.config, self.groups
-        source = self.folder.checkpoint or self.experiment.student
-        self.tokenizer = load_tokenizer(
-            source, trust_remote_code=config.student.trust_remote_code, argument="student.path"
-        )
-        self.student = self._backend(source, "student.path", groups)
-        self.teachers = {
-            name: self._backend(path, f"teachers.{name}", groups) for name, path in self.experiment.teachers.items()
-        }
-        for teacher in self.teachers.values():
-            teacher.module.requires_grad_(False)
-            teacher.share_token_map(self.student)
-        self.pool = TeacherPool(
-            {
-                name: LocalTeacher(teacher, max_tokens=config.opd.score_batch_tokens)
-                for name, teacher in self.teachers.items()
-            }
-        )
-        self.pool.check_vocabulary(self.student.token_to_id())
-        config.validate(self.student.vocab_size)
-        self.writer = Writer(
-            config.rollout,
-            end_token_ids(self.student.module, self.tokenizer),
-            padding_token_id(self.tokenizer),
-            self.world,
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        folder: RunFolder,
+        experiment: Experiment,
+        parts: Assembly,
+        progress: Progress,
+        started: float,
+    ) -> None:
+        check_capabilities(config, parts.actor.capabilities)
+        self.config, self.world, self.folder, self.started = config, world, folder, started
+        self.directory, self.progress, self.experiment = folder.path, progress, experiment
+        self.parts, self.actor, self.shares = parts, parts.actor, parts.shares
+        rollout = config.rollout
+        self.sampling = Sampling(
+            max_new_tokens=rollout.max_new_tokens,
+            end_ids=parts.end_ids,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            top_logprobs=rollout.top_logprobs,
         )
         self.evaluator = Evaluator(
-            self.experiment, config.eval, self.writer, self.tokenizer, config.opd.temperature, config.run.seed + 1
+            experiment, config.eval, parts, self.sampling, config.opd.temperature, config.run.seed + 1
         )
-
-    def _backend(self, path: Path, argument: str, groups: ParallelGroups) -> HFBackend:
-        trust = self.config.student.trust_remote_code
-        dtype = torch_dtype(self.config.run.dtype)
-        module = load_model(path, dtype=dtype, device=self.world.device, trust_remote_code=trust, argument=argument)
-        tokenizer = load_tokenizer(path, trust_remote_code=trust, argument=argument)
-        vocab_size = module.config.get_text_config().vocab_size
-        shard = even_shard(vocab_size, groups.tp_group, groups.tp_size, groups.tp_rank)
-        return make_backend(module, tokenizer, shard=shard)
+        self.cursor = PromptCursor(experiment.train, config.data.mixing, config.run.seed)
+        self.step_number = 0
+        self.teacher_set = {name: folder_identity(path) for name, path in experiment.teachers.items()}
+        self.teacher_values: dict[str, dict[str, float]] = {}
+        self.seconds_before = 0.0
+        self._published = False
+        self.checkpoints = Checkpoints(
+            self.directory / CHECKPOINTS, config.checkpoint.keep, world, self.actor, parts.tokenizer.save_pretrained
+        )
+        torch.manual_seed(config.run.seed)
+        journal_size = None if folder.checkpoint is None else self._restore(folder.checkpoint)
+        self.journal: Journal | None = None
+        if world.is_main:
+            folder.begin(self.step_number)
+            first, project = self.step_number + 1, config.run.wandb_project
+            self.journal = Journal(self.directory, size=journal_size, first_step=first, wandb_project=project)
 
     def _restore(self, checkpoint: Path) -> int:
-        """Everything but the weights from the checkpoint; returns the size metrics.jsonl had."""
-        tensors, values = load_checkpoint(checkpoint)
-        self.optimizer.load_state_dict(tensors["optimizer"])
-        self.generator.set_state(tensors["rollout_generator"])
-        torch.set_rng_state(tensors["torch_generator"])
+        """Everything from the checkpoint; returns the size that metrics.jsonl had."""
+        values = load_state(checkpoint)
+        for name, identity in self.teacher_set.items():
+            if (saved := values["teachers"].get(name)) != identity:
+                raise ConfigError(
+                    f"teachers.{name}: {self.experiment.teachers[name]} is not what the run in {self.directory} began "
+                    f"with: wanted {saved}, got {identity}"
+                )
+        self.checkpoints.load(checkpoint)
         self.cursor.restore(values["cursor"])
         self.step_number = values["step"]
         self.teacher_values = values["teacher_values"]
@@ -180,9 +140,8 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """All steps, with evaluation, checkpoints and plots; returns the summary."""
         steps = self.config.optimizer.steps
-        if not self.teacher_values:
-            self.teacher_values = self.evaluator.measure_teachers(self.teachers)
         if self.folder.checkpoint is None:
+            self.teacher_values = self.evaluator.measure_teachers()
             self._evaluate()
             self._save()
         with self.progress.training(steps, self.step_number) as bar:
@@ -190,82 +149,106 @@ class Trainer:
                 record = self.step()
                 self.step_number += 1
                 self._record("train", record)
+                self.checkpoints.poll()
                 bar.advance(record)
                 last = self.step_number == steps
                 if last or self.step_number % self.config.eval.every == 0:
                     bar.note(self._evaluate())
                 if last or self.step_number % self.config.checkpoint.every == 0:
                     self._save()
+        self.checkpoints.finish()
         return self._finish()
 
     def step(self) -> dict[str, float]:
         """One step: fresh rollouts, their support and scores, and the optimizer steps that use them."""
+        if self.parts.memory is not None:
+            self.parts.memory.look()
         config, phases = self.config, Phases(self.world.device, self.progress.phase)
-        prompts = [prompt for prompt in self.cursor.draw(config.rollout.prompts) for _ in range(config.rollout.samples)]
+        drawn, samples = self.cursor.draw(config.rollout.prompts), config.rollout.samples
+        # Whole prompts are dealt, so that all samples of one meet on one rank.
+        own = [index * samples + copy for index in self.shares.deal(len(drawn)) for copy in range(samples)]
+        prompts = [drawn[sample // samples] for sample in own]
         with phases.phase("rollout"):
-            completions = self.writer.write(self.student.module, prompts, self.generator)
-        batch = pack_rollouts(
+            completions = self._write(prompts, own)
+        batch = self._pack(prompts, own, completions)
+        with phases.phase("score"):
+            scored = self.actor.score_rollouts(batch, self.parts.teachers)
+        if self.step_number % config.eval.every == 0 or self.step_number == config.optimizer.steps - 1:
+            self._write_samples(batch, scored, dict(zip(own, prompts)), dict(zip(own, completions.finished)))
+        for _ in range(config.opd.optimizer_steps_per_rollout):
+            with phases.phase("update"):
+                record = self._update(batch, scored)
+        lengths = [len(tokens) for tokens in completions.tokens]
+        counts = [batch.num_tokens, sum(lengths), sum(completions.finished), len(own)]
+        total, written, ended, number = self.shares.sum(torch.tensor(counts, dtype=torch.float64))
+        record |= {"completion_tokens": written / number, "completion_ended": ended / number}
+        return record | phases.measured(int(total), self._largest)
+
+    def _write(self, prompts: Sequence[Prompt], samples: Sequence[int]) -> Completions:
+        """This share's completions, by the weights as they are now."""
+        self._publish()
+        seeds = sample_seeds(self.config.run.seed, self.step_number, samples)
+        return self.parts.engine.generate([prompt.token_ids for prompt in prompts], self.sampling, seed=seeds)
+
+    def _publish(self) -> None:
+        """Hand the student's weights to the engine, once after each change of them."""
+        if not self._published:
+            weights = self.actor.weights
+            with weights.publishing() as tensors:
+                self.parts.engine.publish(Publication(version=weights.publications + 1, tensors=tensors))
+            self._published = True
+
+    def _pack(self, prompts: Sequence[Prompt], samples: Sequence[int], completions: Completions) -> RolloutBatch:
+        config = self.config
+        rollout_ids = [sample // config.rollout.samples for sample in samples]
+        rewards = advantages = None
+        if config.opd.reward_beta is not None or config.opd.policy_coefficient > 0:
+            right = self.evaluator.right(completions.tokens, [prompt.label for prompt in prompts])
+            rewards = [float(value) for value in right]
+        if config.opd.policy_coefficient > 0:
+            of_prompt = torch.tensor(rollout_ids, dtype=torch.int64)
+            advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), of_prompt).tolist()
+        return pack_rollouts(
             [prompt.token_ids for prompt in prompts],
             completions.tokens,
             response_log_probs=completions.log_probs,
             response_top_logprobs=completions.top_log_probs,
             teacher_names=[prompt.teacher for prompt in prompts],
             task_names=[prompt.task for prompt in prompts],
-            rollout_ids=[index // config.rollout.samples for index in range(len(prompts))],
-            rewards=self._rewards(prompts, completions) if config.opd.reward_beta is not None else None,
+            sample_ids=list(samples),
+            rollout_ids=rollout_ids,
+            advantages=advantages,
+            rewards=rewards if config.opd.reward_beta is not None else None,
         )
-        with phases.phase("score"):
-            scored = score_rollouts(batch, self.student, self.pool, config.opd)
-        if self.step_number % config.eval.every == 0 or self.step_number == config.optimizer.steps - 1:
-            self._write_samples(batch, scored, prompts, completions)
-        for _ in range(config.opd.optimizer_steps_per_rollout):
-            with phases.phase("update"):
-                record = self._update(batch, scored)
-        lengths = [len(tokens) for tokens in completions.tokens]
-        record["completion_tokens"] = sum(lengths) / len(lengths)
-        record["completion_ended"] = sum(completions.finished) / len(completions.finished)
-        return record | phases.measured(batch.num_tokens, self._largest)
 
     def _write_samples(
-        self, batch: RolloutBatch, scored: ScoredRollouts, prompts: Sequence[Prompt], completions: Completions
+        self, batch: RolloutBatch, scored: ScoredRollouts, prompts: dict[int, Prompt], finished: dict[int, bool]
     ) -> None:
-        """A few of the step's rollouts, as far from their teachers as the student is before it learns of them."""
-        chosen, config = choose(batch), self.config.opd
-        student = LocalTeacher(self.student, max_tokens=config.score_batch_tokens)
-        divergences = row_divergences(student, chosen, scored, config)
-        if self.journal is not None:
-            finished = completions.finished
-            append_samples(self.directory, self.step_number, chosen, divergences, self.tokenizer, prompts, finished)
+        """A few of the first share's rollouts, as far from their teachers as the student is before it learns of them.
 
-    def _rewards(self, prompts: Sequence[Prompt], completions: Completions) -> list[float]:
-        """1 where a completion is the prompt's label, else 0; for opd.reward_beta alone."""
-        return [float(right) for right in self.evaluator.right(completions.tokens, [p.label for p in prompts])]
+        Only the ranks of that share make the pass: the others wait where the step's gradients meet.
+        """
+        if self.shares.rank != 0:
+            return
+        chosen = choose(batch)
+        divergences = self.actor.row_divergences(chosen, scored)
+        if self.journal is not None:
+            tokenizer = self.parts.tokenizer
+            append_samples(self.directory, self.step_number, chosen, divergences, tokenizer, prompts, finished)
 
     def _update(self, batch: RolloutBatch, scored: ScoredRollouts) -> dict[str, float]:
-        """One optimizer step on all of the batch, in micro-batches whose gradients add up."""
-        optimizer, config = self.config.optimizer, self.config.opd
-        parameters = [p for p in self.student.module.parameters() if p.requires_grad]
-        factor = learning_rate_factor(self.step_number, optimizer.steps, optimizer.warmup_steps)
-        lr = optimizer.lr * (optimizer.min_lr_fraction + (1.0 - optimizer.min_lr_fraction) * factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.student.module.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        denominators = Denominators.of(batch, config)
-        parts = []
-        for micro in batch.micro_batches(max_seqs=optimizer.micro_batch or None):
-            logits = self.student.logits(micro)
-            loss, metrics = distillation_loss(logits, micro, scored, config, self.student.shard, denominators)
-            loss.backward()
-            parts.append(metrics)
-        scored.release(batch)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, optimizer.clip or math.inf)
-        # A step on a gradient that is not finite would destroy the weights; it is left out and counted.
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            self.optimizer.step()
-        self.student.module.eval()
-        return add_metrics(parts).means() | {"grad_norm": float(norm), "lr": lr, "skipped_step": float(not finite)}
+        """One optimizer step on all of the batch."""
+        options = self.config.optimizer
+        factor = learning_rate_factor(self.step_number, options.steps, options.warmup_steps)
+        lr = options.lr * (options.min_lr_fraction + (1.0 - options.min_lr_fraction) * factor)
+        report = self.actor.train_step(batch, scored, lr=lr)
+        self._published = False
+        norm = float("nan") if report.grad_norm is None else report.grad_norm
+        return report.metrics.means() | {
+            "grad_norm": norm,
+            "lr": lr,
+            "skipped_step": float(not report.update_successful),
+        }
 
     # ---- writing -----------------------------------------------------------------------------------------------------
     def _seconds(self) -> float:
@@ -280,45 +263,38 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         self.progress.phase("evaluate")
-        values = self.evaluator.measure(self.student, self.teachers)
+        self._publish()
+        values = self.evaluator.measure()
         self._record("eval", values)
         return values
 
     def _save(self) -> None:
-        """Writes the checkpoint of this step; the other ranks wait, and prove that their weights are the same."""
-        total = sum(float(p.detach().double().sum()) for p in self.student.module.parameters())
-        totals = all_gather_json(total.hex(), self.world.group, torch.device("cpu"))
-        assert len(set(totals)) == 1, f"step {self.step_number}: the ranks' replicated weights differ: sums {totals}"
-        if self.journal is not None:
-            tensors = {
-                "optimizer": self.optimizer.state_dict(),
-                "rollout_generator": self.generator.get_state(),
-                "torch_generator": torch.get_rng_state(),
-            }
-            values = {
-                "step": self.step_number,
-                "cursor": self.cursor.state(),
-                "teacher_values": self.teacher_values,
-                "journal_bytes": self.journal.sync(),
-                "seconds": self._seconds(),
-            }
-            save_checkpoint(
-                self.directory / CHECKPOINTS,
-                self.step_number,
-                lambda folder: save_model(self.student.module, self.tokenizer, folder),
-                tensors,
-                values,
-                self.config.checkpoint.keep,
-            )
-        barrier(self.world.group)
+        """Begins the checkpoint of this step."""
+        memory = self.parts.memory
+        if memory is not None:
+            memory.look()
+        values = {
+            "step": self.step_number,
+            "cursor": self.cursor.state(),
+            "teachers": self.teacher_set,
+            "teacher_values": self.teacher_values,
+            "journal_bytes": 0 if self.journal is None else self.journal.sync(),
+            "seconds": self._seconds(),
+        }
+        self.checkpoints.save(self.step_number, values)
+        if memory is not None:
+            memory.saved()
 
     def _finish(self) -> dict[str, Any]:
+        memory = None if self.parts.memory is None else self.parts.memory.over_ranks(self.world.group)
         if self.journal is None:
             return {}
+        self.journal.sync()
         self.journal.close()
         draw_plots(self.directory, self.config.opd.divergence, self.teacher_values)
-        summary = make_summary(
-            self.config, read_metrics(self.directory / METRICS_FILE), self.teacher_values, self._seconds()
-        )
+        records = read_metrics(self.directory / METRICS_FILE)
+        summary = make_summary(self.config, records, self.teacher_values, self._seconds())
+        if memory is not None:
+            summary["memory"] = memory
         write_text(self.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         return summary

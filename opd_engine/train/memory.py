@@ -82,7 +82,7 @@ def plan_run(
         pp=run.pp,
         dp=dp,
         itemsize=_ITEMSIZE[run.dtype],
-        teacher_weights=run.teacher_weights,
+        teacher_weights="switch" if run.teacher_weights == "auto" else run.teacher_weights,
         recompute=run.recompute,
         workspace_bytes=run.workspace_bytes or None,
         on_cpu=run.device.startswith("cpu"),

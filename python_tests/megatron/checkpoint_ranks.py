@@ -9,7 +9,6 @@ import torch
 from megatron.gradient_ranks import Job, start
 from megatron.layouts import LAYOUTS
 from megatron.samples import ROUTED
-from opd_engine.teachers import WeightStore
 
 MEAN = "student:mean"
 
@@ -22,7 +21,7 @@ class Student:
 
         dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
         self.job, self.actor = job, job.actor(ROUTED, steps=8, context=None, packed=False, model_options=dropout)
-        self.weights = WeightStore(self.actor.walk.language_model)
+        self.weights = self.actor.weights
         self.actor.scheduler = OptimizerParamScheduler(
             self.actor.optimizer,
             init_lr=0.0,
@@ -40,8 +39,7 @@ class Student:
 
     def step(self) -> None:
         scored = self.actor.score_rollouts(self.batch, self.job.teachers)
-        with self.weights.training():
-            self.actor.train_step(self.batch, scored)
+        self.actor.train_step(self.batch, scored)
         self.weights.blend(MEAN, 0.9)
         with self.weights.publishing():
             pass
@@ -69,28 +67,24 @@ def different(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) ->
 
 def everything(layout: str, folder: str) -> dict:
     """Save after two steps, go on to the fourth; the same from what was saved, in a fresh student."""
-    from opd_engine.integrations.megatron.checkpoint import CheckpointWriter, read_checkpoint
-
     job, directory = start(LAYOUTS[layout]), Path(folder)
     student = Student(job)
     student.step()
     student.step()
-    saved, done = student.state(), []
-    writer = CheckpointWriter()
-    writer.start(student.actor, student.weights, directory, on_done=lambda: done.append(1))
+    saved = student.state()
+    pending = student.actor.save(directory)
     at_once = student.state()
-    assert not done
     student.step()  # while it is being written
     student.step()
-    writer.finish()
-    assert done == [1] and not writer.is_writing
+    pending.wait()
+    assert pending.is_done()
     after = student.state()
     assert different(saved, at_once) == []
 
     again = Student(job)
     again.step()  # whatever it did before is gone
     torch.manual_seed(99)
-    read_checkpoint(again.actor, again.weights, directory, seed=5)
+    again.actor.load(directory)
     read = different(again.state(), saved)
     again.step()
     again.step()
@@ -99,7 +93,7 @@ def everything(layout: str, folder: str) -> dict:
     again.weights.back_up("earlier")
     try:
         with again.weights.active("earlier"):
-            writer.start(again.actor, again.weights, directory, on_done=lambda: None)
+            again.actor.save(directory)
     except RuntimeError as error:
         refusals["teacher live"] = f"{type(error).__name__}: {error}"
     changed = [name for name in after if not torch.equal(after[name], saved[name])]

@@ -128,7 +128,8 @@ def _serve() -> None:
     import transformers  # noqa: F401  (imported here, forked from here)
     from megatron.core.dist_checkpointing.strategies import torch as _  # noqa: F401
 
-    import opd_engine.train.megatron  # noqa: F401
+    import opd_engine.train.backends.megatron
+    import opd_engine.train.loop  # noqa: F401
 
     print("ready", flush=True)
     codes: dict[int, int] = {}

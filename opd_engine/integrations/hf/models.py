@@ -5,6 +5,7 @@ Nothing here reaches a hub: a path that is not a directory is refused.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,12 +134,15 @@ def token_to_id(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return dict(tokenizer.get_vocab())
 
 
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's and those of the model's generation config, sorted."""
+def end_token_ids(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's and all of the model folder's generation config, sorted."""
     ids = {int(tokenizer.eos_token_id)}
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if configured is not None:
-        ids.update(int(token) for token in (configured if isinstance(configured, (list, tuple)) else [configured]))
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        if configured is not None:
+            ids.update(int(token) for token in (configured if isinstance(configured, list) else [configured]))
+            break
     return tuple(sorted(ids))
 
 

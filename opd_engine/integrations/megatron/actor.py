@@ -7,20 +7,22 @@ for part in the optimizer steps of this rollout:
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from opd_engine.distillation.actor import Capabilities, PendingSave, StepReport
 from opd_engine.distillation.config import OPDConfig
 from opd_engine.distillation.metrics import MetricSums, add_metrics
 from opd_engine.distillation.micro_loss import micro_loss
 from opd_engine.distillation.reductions import Denominators
 from opd_engine.distillation.rollout import RolloutBatch
-from opd_engine.distillation.step import ScoredRollouts, score_rollouts
+from opd_engine.distillation.step import ScoredRollouts, row_divergences, score_rollouts
 from opd_engine.integrations.megatron.batches import BatchLayout, MicroInput
 from opd_engine.integrations.megatron.context_parallel import ContextExchange
 from opd_engine.integrations.megatron.groups import MegatronGroups
@@ -28,32 +30,35 @@ from opd_engine.integrations.megatron.limits import check_trainable
 from opd_engine.integrations.megatron.scorer import MegatronScorer
 from opd_engine.parallel.collectives import all_gather_stacked, all_reduce_sum_, broadcast_
 from opd_engine.teachers.pool import TeacherPool
+from opd_engine.teachers.weight_store import WeightStore
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
 
+    from opd_engine.integrations.megatron.checkpoint import CheckpointWriter
 
-@dataclass(frozen=True)
-class StepReport:
-    """One optimizer step.
 
-    metrics: sums over the global batch, the same on every rank
-    update_successful: False where the loss scaler skipped the step
-    grad_norm: before clipping, of the whole model; None where the optimizer does not give one
-    """
-
-    metrics: MetricSums
-    update_successful: bool
-    grad_norm: float | None
+CAPABILITIES = Capabilities(
+    actor="megatron",
+    axes=("dp", "tp", "pp"),
+    dtypes=("float32", "float64", "bfloat16", "float16"),
+    recompute=("none", "selective", "full"),
+    teacher_weights=("auto", "switch", "staged", "resident"),
+    chunked_head=True,
+    why={"cp": "its attention needs TransformerEngine; give MegatronActor a model that has it"},
+)
+"""Of the models that a run builds by itself; the actor also takes context parallelism, with a model that does."""
 
 
 class MegatronActor:
-    """The student, its optimizer, and the options of the loss.
+    """Implements Actor: the student, its optimizer, and the options of the loss.
 
     model: DistributedDataParallel(Float16Module(language model)) or without the middle one; a list of one is fine
     optimizer: of megatron.core.optimizer.get_megatron_optimizer
     vocab_size: the real vocabulary; columns beyond it are padding
     scheduler: anything with step(increment), called with 1 after every successful update
+    weights: over the language model; made where none is given and one is asked for. Given, a training step goes through
+        it, and is refused while the model wears a teacher's
     guard: called before scoring and before every training step; raises where the live weights are not the student's
     The rest is as in MegatronScorer.
 
@@ -75,6 +80,7 @@ class MegatronActor:
         output_layer: torch.nn.Module | None = None,
         workspace_bytes: int | None = None,
         scheduler: Any | None = None,
+        weights: WeightStore | None = None,
         guard: Callable[[], None] | None = None,
     ) -> None:
         from megatron.core.distributed import finalize_model_grads
@@ -93,7 +99,8 @@ class MegatronActor:
         self.walk = self.student.walk
         check_trainable(self.walk.model, self.groups)
         self.config, self.optimizer, self.scheduler = config, optimizer, scheduler
-        self._guard = guard
+        self._weights, self._guard = weights, guard
+        self._writer: CheckpointWriter | None = None
         model_config = self.walk.config
         if model_config.finalize_model_grads_func is None:
             model_config.finalize_model_grads_func = finalize_model_grads
@@ -116,14 +123,19 @@ class MegatronActor:
             scored.cache.forget_values()
         return scored
 
-    def train_step(self, batch: RolloutBatch, scored: ScoredRollouts) -> StepReport:
+    def train_step(self, batch: RolloutBatch, scored: ScoredRollouts, *, lr: float | None = None) -> StepReport:
         """One optimizer step on these samples; scores that no later step uses are freed.
 
         batch: this data-parallel rank's share of the step's global batch, any selection of what was scored; it may be
             empty on some ranks
+        lr: of this step; None leaves the optimizer's
         """
-        metrics = self.accumulate(batch, scored)
-        update_successful, grad_norm = self.apply()
+        if lr is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+        with self._weights.training() if self._weights is not None else contextlib.nullcontext():
+            metrics = self.accumulate(batch, scored)
+            update_successful, grad_norm = self.apply()
         scored.release(batch)
         return StepReport(metrics, update_successful, grad_norm)
 
@@ -168,6 +180,50 @@ class MegatronActor:
         if update_successful and self.scheduler is not None:
             self.scheduler.step(increment=1)
         return bool(update_successful), None if grad_norm is None else float(grad_norm)
+
+    def row_divergences(self, batch: RolloutBatch, scored: ScoredRollouts) -> Tensor:
+        """How far the student is from its teachers, row by row: see opd_engine.distillation.row_divergences.
+
+        Communicates: the model's own forward, and one broadcast from the last pipeline stage.
+        """
+        groups = self.groups
+        found = row_divergences(self.student, batch, scored, self.config).to(self.walk.device)
+        return broadcast_(found, groups.pp if groups.pp_size > 1 else None, source=groups.pp_size - 1).cpu()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return CAPABILITIES
+
+    @property
+    def vocab_size(self) -> int:
+        return self.student.vocab_size
+
+    @property
+    def weights(self) -> WeightStore:
+        """Over the language model's tensors on this rank."""
+        if self._weights is None:
+            self._weights = WeightStore(self.student.module)
+        return self._weights
+
+    def token_to_id(self) -> Mapping[str, int] | None:
+        return self.student.token_to_id()
+
+    def save(self, folder: Path) -> PendingSave:
+        """Begins a distributed checkpoint, written in processes of its own; see `opd_engine.distillation.Actor`.
+
+        The entry script must hold its work behind `if __name__ == "__main__"`: Megatron's writers start it once more.
+        """
+        from opd_engine.integrations.megatron.checkpoint import CheckpointWriter
+
+        if self._writer is None:
+            self._writer = CheckpointWriter()
+        return self._writer.save(self, folder)
+
+    def load(self, folder: Path) -> None:
+        """Continues from what `save` wrote, at any layout."""
+        from opd_engine.integrations.megatron.checkpoint import read_checkpoint
+
+        read_checkpoint(self, folder)
 
     def _loss(
         self, micro: MicroInput, hidden: Tensor, scored: ScoredRollouts, denominators: Denominators

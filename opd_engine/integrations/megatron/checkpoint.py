@@ -2,7 +2,7 @@
 
 Bound by storage; training waits for one copy to host memory. Student, optimizer, scheduler, running means of the
 student and torch's generators are here; what the loop above counts (steps, data, teachers) it keeps beside. The folder
-is not whole before `on_done` is called: who owns it gives it its name then.
+is not whole before the write is done: who owns it gives it its name then.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from opd_engine.integrations.megatron.actor import MegatronActor
 from opd_engine.integrations.megatron.groups import MegatronGroups
 from opd_engine.integrations.megatron.loading import TOKEN_MAP, check_distributed_checkpoint
 from opd_engine.parallel.collectives import group_rank, group_size
-from opd_engine.teachers.weight_store import WeightStore
 
 # Optimizer states lie under the names and shapes of the weights they belong to, so that any layout finds its part.
 _FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -43,31 +42,18 @@ class CheckpointWriter:
 
         self._queue = AsyncCallsQueue()
 
-    @property
-    def is_writing(self) -> bool:
-        return self._queue.get_num_unfinalized_calls() > 0
-
-    def start(
-        self,
-        actor: MegatronActor,
-        weights: WeightStore,
-        directory: Path,
-        *,
-        token_map: Mapping[str, int] | None = None,
-        on_done: Callable[[], None],
-    ) -> None:
+    def save(self, actor: MegatronActor, directory: Path) -> PendingWrite:
         """Copy the state to host memory and have it written; a checkpoint still being written is waited for.
 
-        directory: empty, there on every rank
-        token_map: kept beside, so that the folder can be a teacher's too
-        on_done: called on every rank by the `poll` or `finish` that finds all ranks' parts on disk
+        directory: empty, there on every rank; the token map is kept beside, so that it can be a teacher's too
 
         Raises: WrongWeightsError where the live weights are not the student's; what writing raises.
         Communicates: the plan of who writes what, and the optimizer's states over the data-parallel ranks.
         """
         from megatron.core import dist_checkpointing
 
-        self.finish()
+        self._queue.maybe_finalize_async_calls(blocking=True)
+        weights, pending = actor.weights, PendingWrite(self._queue)
         copies = weights.copies()
         with weights.saving():
             state = _state(actor, is_loading=False) | {
@@ -78,26 +64,39 @@ class CheckpointWriter:
                 "layout": _layout(actor.groups),
             }
             request = dist_checkpointing.save(state, str(directory), async_sharded_save=True, content_metadata=_FORMAT)
-            request.add_finalize_fn(on_done)
+            request.add_finalize_fn(pending.done)
             self._queue.schedule_async_request(request)
-        if token_map is not None:
+        is_first = all(group_rank(getattr(actor.groups, name)) == 0 for name in _AXES)
+        if is_first and (token_map := actor.token_to_id()) is not None:
             (directory / TOKEN_MAP).write_text(json.dumps(dict(token_map)), encoding="utf-8")
+        return pending
 
-    def poll(self) -> None:
-        """Call on_done where all ranks have written. Communicates: one integer, while something is being written."""
-        if self.is_writing:
+
+class PendingWrite:
+    """Implements PendingSave. Communicates: one integer a question, while something is being written."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue, self._done = queue, False
+
+    def done(self) -> None:
+        """Called where all ranks' parts are on disk."""
+        self._done = True
+
+    def is_done(self) -> bool:
+        if not self._done:
             self._queue.maybe_finalize_async_calls(blocking=False)
+        return self._done
 
-    def finish(self) -> None:
-        """As poll, and wait for it."""
-        if self.is_writing:
+    def wait(self) -> None:
+        if not self._done:
             self._queue.maybe_finalize_async_calls(blocking=True)
 
 
-def read_checkpoint(actor: MegatronActor, weights: WeightStore, directory: Path, *, seed: int) -> None:
+def read_checkpoint(actor: MegatronActor, directory: Path) -> None:
     """The run's state out of a checkpoint, whatever the layout it was written at.
 
-    seed: of torch's generators where the layout is another one: theirs are not to be had there
+    Where the layout is another one, torch's generators begin anew from this process's seed and the number of
+    publications: theirs are not to be had.
 
     Raises: ValueError where the folder is not whole, by the file's name, or holds another model.
     Communicates: the reader's own.
@@ -122,6 +121,7 @@ def read_checkpoint(actor: MegatronActor, weights: WeightStore, directory: Path,
         if hasattr(actor.scheduler, "num_steps"):
             actor.scheduler.num_steps = 0  # Megatron's adds what it loads to what it has
         actor.scheduler.load_state_dict(common["scheduler"])
+    weights = actor.weights
     weights.accept_live()
     for tag, tensors in found.get("copies", {}).items():
         weights.restore_copy(tag, tensors)
@@ -129,6 +129,7 @@ def read_checkpoint(actor: MegatronActor, weights: WeightStore, directory: Path,
     if same_layout:
         _set_random_state(found["random"])
     else:
+        seed = (torch.initial_seed() + weights.publications) % 2**31
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
 

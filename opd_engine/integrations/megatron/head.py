@@ -57,13 +57,41 @@ class KeptHead:
 
         Communicates: one all-gather of the hidden states' columns, then as linear_gather_log_probs.
         """
-        hidden = hidden.to(self.weight.device)
-        if hidden.shape[1] < self.weight.shape[1]:
-            hidden = torch.cat(list(all_gather_stacked(hidden.contiguous(), self.shard.tp_group)), 1)
+        hidden = self._whole(hidden)
         options = {"bias": self.bias, "shard": self.shard, "workspace_bytes": self.workspace_bytes}
         return linear_gather_log_probs(
             hidden, self.weight, indices.to(hidden.device), temperature=temperature, **options
         )
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, vocab_shard_size] of hidden states as `score` takes them. Communicates: the same all-gather."""
+        return torch.nn.functional.linear(self._whole(hidden), self.weight, self.bias)
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(self.weight.device)
+        if hidden.shape[1] < self.weight.shape[1]:
+            hidden = torch.cat(list(all_gather_stacked(hidden.contiguous(), self.shard.tp_group)), 1)
+        return hidden
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Implements FullRows: hidden states and the head that makes their logits; no head off the last stage."""
+
+    hidden: Tensor
+    head: KeptHead | None
+
+    @property
+    def num_rows(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def shard(self) -> VocabShard | None:
+        return None if self.head is None else self.head.shard
+
+    def logits(self, rows: slice) -> Tensor:
+        return self.head.logits(self.hidden[rows])
 
 
 class OutputHead:

@@ -7,28 +7,14 @@ and the step alone, so that the same rollouts come out however samples and weigh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
 
 from torch import Tensor
 
 from opd_engine.distillation.rollout import pack_rollouts
-from opd_engine.distillation.sampling import check_sampling, draw, likeliest
+from opd_engine.distillation.rollout_engine import Completions, EngineState, Publication, Sampling
+from opd_engine.distillation.sampling import check_sampling, draw, likeliest, uniform_rows
 from opd_engine.integrations.megatron.scorer import MegatronScorer
-
-
-class Written(NamedTuple):
-    """What a model wrote after each prompt.
-
-    tokens: per prompt the ids, the end token included
-    log_probs: theirs at the temperature, over the whole vocabulary (before top_k and top_p)
-    finished: per prompt, whether it ended
-    top_log_probs: per prompt and token the likeliest (log-prob, id), or None where none were asked for
-    """
-
-    tokens: list[list[int]]
-    log_probs: list[list[float]]
-    finished: list[bool]
-    top_log_probs: list[list[list[tuple[float, int]]]] | None = None
 
 
 def generate(
@@ -42,7 +28,7 @@ def generate(
     top_p: float = 1.0,
     uniforms: Tensor | None = None,
     top_logprobs: int = 0,
-) -> Written:
+) -> Completions:
     """One completion a prompt. Every tensor, context and pipeline rank of a data-parallel index calls alike.
 
     scorer: the student's, or a teacher's
@@ -80,4 +66,40 @@ def generate(
             tokens[index].append(token)
             log_probs[index].append(min(log_prob, 0.0))
             finished[index] = token in end_ids
-    return Written(tokens, log_probs, finished, tops if top_logprobs else None)
+    return Completions(
+        tokens=tokens, log_probs=log_probs, finished=finished, top_log_probs=tops if top_logprobs else None
+    )
+
+
+class MegatronEngine:
+    """Implements RolloutEngine with a live Megatron model: what it serves is that model as it is.
+
+    scorer: the student's, or a teacher's
+    """
+
+    def __init__(self, scorer: MegatronScorer) -> None:
+        self.scorer = scorer
+        self._state = EngineState.NONE
+
+    @property
+    def state(self) -> EngineState:
+        return self._state
+
+    def publish(self, publication: Publication) -> None:
+        """The weights are here already; takes note of their version."""
+        self._state = EngineState.FULL(publication.version)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: Sequence[int]) -> Completions:
+        """As `generate`, drawn with each prompt's own seed."""
+        drawn = uniform_rows(seed, sampling.max_new_tokens) if sampling.temperature > 0 else None
+        options = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "top_logprobs")}
+        limits = {"max_new_tokens": sampling.max_new_tokens, "end_ids": sampling.end_ids}
+        written = generate(self.scorer, prompts, uniforms=drawn, **limits, **options)
+        version = self._state.version
+        return replace(written, weight_version=None if version is None else [version] * len(prompts))
+
+    def sleep(self) -> None:
+        """Has nothing of its own to give back."""
+
+    def wake(self) -> None:
+        """Is always there."""

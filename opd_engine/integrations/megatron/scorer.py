@@ -19,7 +19,7 @@ from opd_engine.functional.token_scores import TokenScores
 from opd_engine.integrations.megatron.batches import BatchLayout, MicroInput
 from opd_engine.integrations.megatron.context_parallel import own_rows, wanted_rows, whole_scores
 from opd_engine.integrations.megatron.groups import MegatronGroups
-from opd_engine.integrations.megatron.head import KeptHead
+from opd_engine.integrations.megatron.head import HeadRows, KeptHead
 from opd_engine.integrations.megatron.head_check import check_head_is_last
 from opd_engine.integrations.megatron.schedule import StageWalk
 from opd_engine.parallel.collectives import all_gather_stacked, broadcast_
@@ -191,6 +191,11 @@ class MegatronScorer:
     def head_on(self, device: torch.device | None) -> KeptHead:
         """The LM head as it was when `hidden` was asked last; None: on the device where that ran."""
         return self._head_of_hidden.to(device)
+
+    def full_rows(self, batch: RolloutBatch) -> HeadRows:
+        """Logits of the rows that count, made in parts from their hidden states. Communicates: as `hidden`."""
+        hidden = self.hidden(batch)
+        return HeadRows(hidden, self.head_on(None)) if self.holds_scores else HeadRows(hidden[:0], None)
 
     def next_token_logits(self, batch: RolloutBatch) -> Tensor:
         """The full vocabulary's logits after each sequence: [num_seqs, vocab_size] float32, the same on every rank.

@@ -1,0 +1,52 @@
+"""The full vocabulary's divergence of two models, a number a row: to look at, in evaluation. No gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opd_engine.distillation.rollout import RolloutBatch
+from opd_engine.functional.full import full_distill_loss
+from opd_engine.teachers.protocols import FullTeacher
+
+_ROWS = 1024
+"""Rows of the two models' logits that exist at a time, where a model can make them in parts."""
+
+
+@torch.no_grad()
+def full_divergence(
+    student: FullTeacher,
+    teacher: FullTeacher,
+    batch: RolloutBatch,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+) -> Tensor | None:
+    """In nats, of each row that counts, in order: [rows] on the host.
+
+    Nothing of a pipeline stage that has no head.
+
+    Returns: None where the two models' shards of the vocabulary differ, since their columns then do not meet.
+    Communicates: as the models' forwards and full_distill_loss.
+    """
+    ours, theirs = student.full_rows(batch), teacher.full_rows(batch)
+    if ours.shard is not None and theirs.shard is not None and not _meet(ours.shard, theirs.shard):
+        return None
+    parts = [torch.empty(0)]
+    for start in range(0, ours.num_rows, _ROWS):
+        rows = slice(start, start + _ROWS)
+        losses = full_distill_loss(
+            ours.logits(rows),
+            theirs.logits(rows),
+            divergence=divergence,
+            temperature=temperature,
+            shard=ours.shard,
+            teacher_vocab_size=teacher.vocab_size,
+        )
+        parts.append(losses.cpu())
+    return torch.cat(parts)
+
+
+def _meet(ours, theirs) -> bool:
+    own = (ours.vocab_start_index, ours.vocab_end_index)
+    return ours.tp_group is None or own == (theirs.vocab_start_index, theirs.vocab_end_index)

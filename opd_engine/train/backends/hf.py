@@ -1,0 +1,105 @@
+"""A run with transformers models: one process, or ranks that share the LM head."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from opd_engine.integrations.fsdp.actor import CAPABILITIES, FSDPActor
+from opd_engine.integrations.hf.backend import HFBackend, even_shard, make_backend
+from opd_engine.integrations.hf.engine import InlineEngine
+from opd_engine.integrations.hf.models import (
+    end_token_ids,
+    load_model,
+    load_tokenizer,
+    padding_token_id,
+    torch_dtype,
+)
+from opd_engine.parallel.collectives import group_rank, group_size
+from opd_engine.parallel.launch import World
+from opd_engine.parallel.meshes import mesh_group, split_world
+from opd_engine.teachers.local import LocalTeacher
+from opd_engine.teachers.pool import TeacherPool
+from opd_engine.teachers.staging import StagedWeights
+from opd_engine.train.assembly import Assembly
+from opd_engine.train.config import TrainConfig
+from opd_engine.train.experiment import Experiment
+from opd_engine.train.settings import ConfigError
+
+__all__ = ["CAPABILITIES", "NEEDS_GROUP", "assemble"]
+NEEDS_GROUP = False
+
+
+@contextlib.contextmanager
+def assemble(config: TrainConfig, world: World, experiment: Experiment) -> Iterator[Assembly]:
+    """The parts of the run.
+
+    Raises: ValueError for folders that cannot be used, and ConfigError for ranks that do not fit.
+    """
+    if world.world_size != config.run.tp:
+        raise ConfigError(
+            f"run.tp: wanted the number of ranks that were started, {world.world_size}, got {config.run.tp} "
+            "(start them with: torchrun --nproc-per-node TP -m opd_engine train ... --tp TP)"
+        )
+    _, tp_mesh = split_world(world, config.run.tp)
+    group = mesh_group(tp_mesh)
+    tokenizer = load_tokenizer(
+        experiment.student, trust_remote_code=config.student.trust_remote_code, argument="student.path"
+    )
+    options = config.optimizer
+    model = _model(config, world, experiment.student, "student.path")
+    config.validate(model.config.get_text_config().vocab_size)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay
+    )
+    actor = FSDPActor(
+        model,
+        optimizer,
+        config.opd,
+        tp_mesh=tp_mesh,
+        tokenizer=tokenizer,
+        max_seqs=options.micro_batch or None,
+        clip=options.clip,
+    )
+    teachers = {name: _teacher(config, world, name, path, actor) for name, path in experiment.teachers.items()}
+    pool = TeacherPool(teachers)
+    pool.check_vocabulary(actor.token_to_id())
+    writing = {"pad_id": padding_token_id(tokenizer), "batch_size": config.rollout.batch_size, "group": group}
+    yield Assembly(
+        actor=actor,
+        teachers=pool,
+        engine=InlineEngine(model, **writing),
+        tokenizer=tokenizer,
+        end_ids=end_token_ids(experiment.student, tokenizer),
+        teacher_engines={name: InlineEngine(teacher.backend.module, **writing) for name, teacher in teachers.items()},
+    )
+
+
+def _model(config: TrainConfig, world: World, path: Path, argument: str):
+    return load_model(
+        path,
+        dtype=torch_dtype(config.run.dtype),
+        device=world.device,
+        trust_remote_code=config.student.trust_remote_code,
+        argument=argument,
+    )
+
+
+def _teacher(config: TrainConfig, world: World, name: str, path: Path, actor: FSDPActor) -> LocalTeacher:
+    """A module of its own, in eval mode for good; staged, on the host between its turns."""
+    argument = f"teachers.{name}"
+    module = _model(config, world, path, argument)
+    tokenizer = load_tokenizer(path, trust_remote_code=config.student.trust_remote_code, argument=argument)
+    group = None if actor.backend.shard is None else actor.backend.shard.tp_group
+    vocab_size = module.config.get_text_config().vocab_size
+    shard = even_shard(vocab_size, group, group_size(group), group_rank(group))
+    backend: HFBackend = make_backend(module.requires_grad_(False), tokenizer, shard=shard)
+    backend.share_token_map(actor.backend)
+    options = {"max_tokens": config.opd.score_batch_tokens}
+    if config.run.teacher_weights == "staged":
+        staged = StagedWeights(module, world.device)
+        return LocalTeacher(backend, scoring=staged.on_device, prefetch=staged.prefetch, **options)
+    return LocalTeacher(backend, **options)
