@@ -42,7 +42,7 @@ def everything(layout: str) -> dict[str, object]:
         "modes": training_modes(job),
         "student_passes": student_passes(job),
         "bf16": in_bf16(job),
-        "soft-cap": refused_soft_cap(job),
+        "after the head": refused_after_the_head(job),
     }
 
 
@@ -113,18 +113,28 @@ def refused_at_a_step(job: Job) -> dict[str, str]:
     return found
 
 
-def refused_soft_cap(job: Job) -> str:
-    """A model that changes its logits after its output layer."""
+AFTER_THE_HEAD = {
+    "soft-cap": lambda logits: 20 * torch.tanh(logits / 20),
+    "a cap far above these logits": lambda logits: 2000 * torch.tanh(logits / 2000),
+    "a scale near 1": lambda logits: logits * 1.00005,
+}
+
+
+def refused_after_the_head(job: Job) -> dict[str, str]:
+    """Models that change their logits after their output layer."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     class Capped(GPTModel):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)
-            return 20 * torch.tanh(output / 20) if self.post_process else output
+            return self.change(output) if self.post_process else output
 
-    actor = job.actor(ROUTED)
+    actor, found = job.actor(ROUTED), {}
     actor.student.module.__class__ = Capped
-    return message(lambda: actor.score_rollouts(job.share(job.samples), job.teachers))
+    for name, change in AFTER_THE_HEAD.items():
+        Capped.change = staticmethod(change)
+        found[name] = message(lambda: actor.score_rollouts(job.share(job.samples), job.teachers))
+    return found
 
 
 def training_modes(job: Job) -> dict[str, bool]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opd_engine.distillation.rollout import RolloutBatch
+from opd_engine.integrations.hf.lm_head import AfterHead, find_after_head, reason_to_keep_whole
 from opd_engine.integrations.hf.models import token_to_id
 from opd_engine.parallel.collectives import copy_to_group
 from opd_engine.parallel.linear import vocab_parallel_lm_head
@@ -39,6 +40,13 @@ def pad_packed(batch: RolloutBatch, device: torch.device | str) -> tuple[Tensor,
     return input_ids.view(shape).to(device), attention_mask.view(shape).to(device), rows.to(device)
 
 
+def language_model(module: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DistributedDataParallel and the like; one that is not wrapped is itself."""
+    while not hasattr(module, "config") and isinstance(getattr(module, "module", None), torch.nn.Module):
+        module = module.module
+    return module
+
+
 class HFBackend:
     """Any causal LM: `logits` comes from the model's own forward, whatever it does after its LM head.
 
@@ -50,7 +58,7 @@ class HFBackend:
     def __init__(self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.module = module
         self.tokenizer = tokenizer
-        self.vocab_size = int(module.config.get_text_config().vocab_size)
+        self.vocab_size = int(language_model(module).config.get_text_config().vocab_size)
         self._token_map = None if tokenizer is None else token_to_id(tokenizer)
 
     @property
@@ -88,6 +96,9 @@ class ProjectingHFBackend(HFBackend):
     """A causal LM whose logits are its LM head applied to its last hidden states, so that the head can be sharded.
 
     shard: this rank's columns, or None for all of them. Every rank holds the whole weights and sees the same batches.
+    after: what the model does to its head's output; `make_backend` finds it
+
+    Every use looks whether the head still stands apart: an adapter or a wrapper that came later is refused by name.
     """
 
     def __init__(
@@ -96,15 +107,16 @@ class ProjectingHFBackend(HFBackend):
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         shard: VocabShard | None = None,
+        after: AfterHead | None = None,
     ) -> None:
         super().__init__(module, tokenizer)
-        self.shard = shard
+        self.shard, self.after = shard, AfterHead() if after is None else after
         if shard is not None and shard.vocab_size != self.vocab_size:
             raise ValueError(f"shard: wanted vocab_size {self.vocab_size}, the model's, got {shard.vocab_size}")
 
     def hidden(self, batch: RolloutBatch) -> Tensor:
         """Hidden states before the LM head [num_tokens, hidden_size]. Communicates: nothing."""
-        head = self.module.get_output_embeddings()
+        head = self._head()
         if batch.num_tokens == 0:
             return torch.zeros(0, head.weight.shape[1], dtype=head.weight.dtype, device=self.device)
         return self._rows_of(batch, self.module.base_model, "last_hidden_state")
@@ -115,58 +127,46 @@ class ProjectingHFBackend(HFBackend):
         Communicates: backward under a shard, one all-reduce of the hidden gradient and one of the head's gradient.
         Grad: the whole head's gradient, the same on every rank, also where it is tied to the embedding.
         """
-        head = self.module.get_output_embeddings()
+        head = self._head()
         if self.shard is None:
-            return torch.nn.functional.linear(hidden, head.weight, head.bias)
+            return self.after(torch.nn.functional.linear(hidden, head.weight, head.bias))
         shard, group = self.shard, self.shard.merge_group
         rows = slice(shard.vocab_start_index, shard.vocab_end_index)
         # The sum over ranks puts every rank's rows into the gradient of the whole, replicated weight.
         weight = copy_to_group(head.weight, group)[rows]
         bias = None if head.bias is None else copy_to_group(head.bias, group)[rows]
-        return vocab_parallel_lm_head(hidden, weight, shard, bias)
+        return self.after(vocab_parallel_lm_head(hidden, weight, shard, bias))
 
     def logits(self, batch: RolloutBatch) -> Tensor:
         """Logits [num_tokens, vocab_shard_size], in the model's dtype; row i predicts packed token i + 1."""
         return self.project(self.hidden(batch))
 
-
-@torch.no_grad()
-def _head_is_last(module: PreTrainedModel) -> bool:
-    """Whether the logits are the LM head of the last hidden states, tried on a few tokens.
-
-    Soft-caps, logit scales and heads of another kind are found this way whatever a model calls them.
-    """
-    head = module.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or module.base_model is module:
-        return False
-    was_training = module.training
-    module.eval()
-    try:
-        input_ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
-        whole = module(input_ids=input_ids, use_cache=False).logits
-        states = getattr(module.base_model(input_ids=input_ids, use_cache=False), "last_hidden_state", None)
-    finally:
-        module.train(was_training)
-    if states is None:
-        return False
-    ours = torch.nn.functional.linear(states, head.weight, head.bias)
-    tolerance = 64 * torch.finfo(whole.dtype).eps * float(whole.abs().max())
-    return ours.shape == whole.shape and float((ours - whole).abs().max()) <= tolerance
+    def _head(self) -> torch.nn.Linear:
+        if (reason := reason_to_keep_whole(self.module)) is not None:
+            raise ValueError(
+                f"module: {type(self.module).__name__} was changed after its backend was made: {reason}; call "
+                "make_backend again, after everything else was done to the model"
+            )
+        return self.module.get_output_embeddings()
 
 
 def make_backend(
     module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, shard: VocabShard | None = None
 ) -> HFBackend:
-    """The backend that fits the model: a projecting one where its logits are its LM head's, else the general one.
+    """The backend that fits the model: a projecting one where its head can stand apart, else the general one.
+
+    module: a causal LM, bare or inside DistributedDataParallel, FSDP2, torch.compile or peft: those keep their forward
 
     Raises: ValueError where a shard is wanted of a model whose head cannot be sharded.
     """
-    if _head_is_last(module):
-        return ProjectingHFBackend(module, tokenizer, shard=shard)
+    after = find_after_head(module)
+    if after is not None:
+        return ProjectingHFBackend(module, tokenizer, shard=shard, after=after)
     if shard is not None:
+        reason = reason_to_keep_whole(module) or "it changes its logits after the LM head in a way that is not known"
         raise ValueError(
-            f"shard: {type(module).__name__} changes its logits after the LM head, so that the head cannot be split "
-            "over ranks here; wanted run.tp = 1 for this model"
+            f"shard: the head of {type(module).__name__} cannot be split over ranks here, since {reason}; wanted "
+            "run.tp = 1 for this model"
         )
     return HFBackend(module, tokenizer)
 
