@@ -231,7 +231,9 @@ def transformers_actor(seed: int = 0) -> FSDPActor:
 
 def test_transformers_reads_a_checkpoint(tmp_path):
     actor = transformers_actor()
-    checkpoints(tmp_path, actor).save(7, {})
+    kept = checkpoints(tmp_path, actor)
+    kept.save(7, {})
+    kept.finish()
     path = checkpoint_folder(tmp_path, 7)
     loaded = load_model(path)
     for (name, ours), (_, theirs) in zip(actor.model.named_parameters(), loaded.named_parameters(), strict=True):

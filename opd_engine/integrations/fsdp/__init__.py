@@ -1,7 +1,9 @@
-"""transformers students: an actor for one process, and for FSDP2 and a shared LM head over many."""
+"""The transformers actor: plain in one process, FSDP2 over many. Read actor.py, then forward.py and sharding.py."""
 
 from __future__ import annotations
 
 from opd_engine.integrations.fsdp.actor import CAPABILITIES, FSDPActor
+from opd_engine.integrations.fsdp.scorer import ModelScorer
+from opd_engine.integrations.fsdp.sharding import shard_model
 
-__all__ = ["CAPABILITIES", "FSDPActor"]
+__all__ = ["CAPABILITIES", "FSDPActor", "ModelScorer", "shard_model"]

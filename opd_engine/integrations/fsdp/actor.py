@@ -3,6 +3,8 @@
 scored = actor.score_rollouts(batch, teachers)      # old policy and teachers, once per rollout
 for part in the optimizer steps of this rollout:
     report = actor.train_step(part, scored)         # micro-batches whose gradients add up, clip, step, release
+
+Gradients are sums: over micro-batches, and over the ranks of the mesh, which all walk the same number of them.
 """
 
 from __future__ import annotations
@@ -10,59 +12,73 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from opd_engine.distillation.actor import Capabilities, PendingSave, Saved, StepReport
+from opd_engine.distillation.actor import Capabilities, PendingSave, StepReport
 from opd_engine.distillation.config import OPDConfig
-from opd_engine.distillation.metrics import add_metrics
+from opd_engine.distillation.metrics import MetricSums, add_metrics
+from opd_engine.distillation.micro_loss import RowsHere, micro_loss
 from opd_engine.distillation.reductions import Denominators
 from opd_engine.distillation.rollout import RolloutBatch
-from opd_engine.distillation.step import ScoredRollouts, distillation_loss, row_divergences, score_rollouts
-from opd_engine.integrations.fsdp.precision import MasterWeights
-from opd_engine.integrations.hf.backend import even_shard, make_backend
-from opd_engine.integrations.hf.models import save_model
-from opd_engine.parallel.collectives import all_gather_json, group_rank, group_size
+from opd_engine.distillation.step import ScoredRollouts, row_divergences, score_rollouts
+from opd_engine.integrations.fsdp.checkpoint import load_checkpoint, save_checkpoint
+from opd_engine.integrations.fsdp.forward import AtHead, CausalForward
+from opd_engine.integrations.fsdp.precision import LossScale, MasterWeights
+from opd_engine.integrations.fsdp.scorer import ModelScorer, agreed, idle_batch
+from opd_engine.integrations.fsdp.sharding import shard_model
+from opd_engine.integrations.hf.models import token_to_id
+from opd_engine.parallel.collectives import all_gather_stacked, all_reduce_sum_, group_size
 from opd_engine.parallel.meshes import mesh_group
-from opd_engine.teachers.local import LocalTeacher
+from opd_engine.parallel.sharded_files import FileWriter
+from opd_engine.parallel.sharded_modules import is_sharded, reduce_gradients
+from opd_engine.parallel.tensors import whole_tensor
 from opd_engine.teachers.pool import TeacherPool
 from opd_engine.teachers.weight_store import WeightStore
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from opd_engine.parallel.meshes import DeviceMesh
 
 CAPABILITIES = Capabilities(
     actor="transformers",
-    axes=("tp",),
+    axes=("dp", "tp"),
     dtypes=("float32", "float64", "bfloat16", "float16"),
+    recompute=("none", "full"),
     teacher_weights=("auto", "staged", "resident"),
+    chunked_head=True,
+    offload=True,
     why={
-        "dp": "its weights are whole on every rank",
-        "pp": 'it does not split layers; run.backend = "megatron" does',
-        "cp": 'it does not split sequences; run.backend = "megatron" can, with a model that does',
-        "recompute": "it keeps what its backward reads",
-        "chunked_head": "it makes the logits of a micro-batch",
+        "axes": 'it splits neither layers nor sequences; run.backend = "megatron" does',
         "teacher_weights": "teachers are modules of their own",
+        "recompute": "it computes whole layers again, or nothing",
     },
 )
-_STATE_FILE = "actor.pt"
 
 
 class FSDPActor:
     """Implements Actor for a transformers causal LM.
 
-    model: on its device; in half precision it computes so, and learns in float32 (`MasterWeights`)
-    optimizer: over the parameters to train, before its first step
+    model: on its device. In half precision, or with a half `dtype`, it computes so and learns in float32
+    optimizer: over all parameters to train, before its first step; it is handed what stands for them
     config: of the loss
-    tp_mesh: one dimension; its ranks hold the same weights and rollouts, and share the LM head and the loss
-    tokenizer: to compare vocabularies, and kept in checkpoints; None where there is none
-    max_seqs, max_tokens: of a micro-batch
+    mesh: one dimension, the data-parallel ranks; the model is sharded over them, here unless it is. None: one process
+    tp_mesh: one dimension; its ranks hold the same weights and rollouts, and split the LM head and the loss
+    dtype: in which it computes; None is the model's own
+    offload: shards and optimizer states lie on the host
+    workspace_bytes: of logits at a time; None: those of a micro-batch's rows
+    packed: True packs sequences without padding, False pads, None packs where the attention gains by it
+    recompute: "full" computes each layer again in the backward, "none" keeps what it reads
+    max_tokens, max_seqs: of a micro-batch, padding not counted; None: no limit
     clip: largest gradient norm; 0 is off
+    tokenizer: to compare vocabularies, and kept in checkpoints; None where there is none
 
-    Raises: ValueError for a config that cannot distil, and for a model whose head cannot be shared where it is to be.
+    Raises: ValueError for a config that cannot distil, a model whose head cannot be split where it is to be, or
+        packed sequences that see each other.
+    Communicates: passes of a few tokens, on every rank of both meshes.
     """
 
     capabilities = CAPABILITIES
@@ -73,30 +89,64 @@ class FSDPActor:
         optimizer: torch.optim.Optimizer,
         config: OPDConfig,
         *,
+        mesh: DeviceMesh | None = None,
         tp_mesh: DeviceMesh | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
+        workspace_bytes: int | None = None,
+        packed: bool | None = None,
+        recompute: str = "none",
+        max_tokens: int | None = 8192,
         max_seqs: int | None = None,
-        max_tokens: int | None = None,
-        clip: float = 1.0,
+        clip: float = 0.0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.model, self.optimizer, self.config = model, optimizer, config
-        self.tokenizer, self.max_seqs, self.max_tokens, self.clip = tokenizer, max_seqs, max_tokens, clip
-        self._tp = mesh_group(tp_mesh)
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         config.validate(vocab_size=self.vocab_size)
-        shard = even_shard(self.vocab_size, self._tp, group_size(self._tp), group_rank(self._tp))
-        self.backend = make_backend(model, tokenizer, shard=shard)
-        self.student = LocalTeacher(self.backend, max_tokens=config.score_batch_tokens)
+        _check_optimizer(model, optimizer)
+        if recompute not in CAPABILITIES.recompute:
+            raise ValueError(f"recompute: wanted one of {', '.join(CAPABILITIES.recompute)}, got {recompute!r}")
+        if not (isinstance(clip, (int, float)) and clip >= 0):
+            raise ValueError(f"clip: wanted a number >= 0, got {clip!r}")
+        if offload and mesh is None:
+            raise ValueError(
+                "offload: wanted a mesh, over which (one rank is enough) the parts on the host are brought"
+            )
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.max_tokens, self.max_seqs, self.clip, self.tokenizer = max_tokens, max_seqs, clip, tokenizer
+        self.group, self.tp_group = mesh_group(mesh), mesh_group(tp_mesh)
+        self.device = next(model.parameters()).device if mesh is None or mesh.device_type == "cpu" else _current(mesh)
+        if recompute == "full":
+            _compute_again(model)
+        computes = model.dtype if dtype is None else dtype
+        if mesh is None:
+            self.masters = MasterWeights(model, optimizer, computes)
+        else:
+            if not is_sharded(model):
+                shard_model(model, mesh, dtype=computes, offload=offload, optimizer=optimizer)
+            self.masters = None
+        self.scale = LossScale(computes)
+        self.skipped_steps, self.steps = 0, 0
+        self.forward = CausalForward(
+            model, self.device, tp_group=self.tp_group, workspace_bytes=workspace_bytes, packed=packed
+        )
+        self.writer = FileWriter(self.group, replicas=self.tp_group)
+        self._token_map = None if tokenizer is None else token_to_id(tokenizer)
+        self.student = ModelScorer(
+            self.forward, max_tokens=config.score_batch_tokens, group=self.group, token_map=self._token_map
+        )
         self.weights = WeightStore(model, trainable="student")
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._masters = MasterWeights(self._parameters, optimizer)
-        self._trained = [self._masters.of.get(parameter, parameter) for parameter in self._parameters]
-        half = any(parameter.dtype == torch.float16 for parameter in self._parameters)
-        self._scaler = torch.amp.GradScaler(self.backend.device.type, enabled=half)
 
     def token_to_id(self) -> Mapping[str, int] | None:
         """The tokenizer's map; None without a tokenizer."""
-        return self.backend.token_to_id()
+        return self._token_map
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer steps on, by the model's names: float32 for a half model; this rank's shards."""
+        masters = {} if self.masters is None else self.masters.of
+        named = self.model.named_parameters()
+        return {name: masters.get(parameter, parameter) for name, parameter in named if parameter.requires_grad}
 
     # ---- a step ------------------------------------------------------------------------------------------------------
     def score_rollouts(self, batch: RolloutBatch, teachers: TeacherPool) -> ScoredRollouts:
@@ -111,83 +161,126 @@ class FSDPActor:
     def train_step(self, batch: RolloutBatch, scored: ScoredRollouts, *, lr: float | None = None) -> StepReport:
         """One optimizer step on these samples, in micro-batches whose gradients add up.
 
-        batch: any selection of what was scored
+        batch: this rank's share of the step's global batch, any selection of what was scored; it may be empty on some
         lr: of this step; None leaves the optimizer's
 
-        A step on a gradient that is not finite would destroy the weights; it is left out and reported.
-        Communicates: as the loss, over the tensor-parallel group.
-        Mutates: the weights and the optimizer; the model is left in eval mode.
+        A step on a gradient that is not finite would destroy the weights: it is left out, counted and reported.
+        Communicates: as `accumulate`. Mutates: weights, optimizer, loss scale; the model is left in eval mode.
         """
-        scored.require(batch)
         if lr is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
         with self.weights.training():
-            self.optimizer.zero_grad(set_to_none=True)
-            self.model.train()
-            try:
-                metrics = self._accumulate(batch, scored)
-            finally:
-                self.model.eval()
-            norm = self._apply()
+            metrics = self.accumulate(batch, scored)
+            updated, norm = self.apply()
         scored.release(batch)
-        return StepReport(metrics, math.isfinite(norm), norm)
+        return StepReport(metrics, updated, norm)
 
-    def _accumulate(self, batch: RolloutBatch, scored: ScoredRollouts):
-        denominators, parts = Denominators.of(batch, self.config), []
-        for micro in batch.micro_batches(max_seqs=self.max_seqs, max_tokens=self.max_tokens):
-            logits = self.backend.logits(micro)
-            loss, metrics = distillation_loss(logits, micro, scored, self.config, self.backend.shard, denominators)
-            self._scaler.scale(loss).backward()
-            parts.append(metrics)
-        return add_metrics(parts)
+    def accumulate(self, batch: RolloutBatch, scored: ScoredRollouts) -> MetricSums:
+        """The gradient of the global batch's loss, times the loss scale, on this rank's parts; no optimizer step.
 
-    def _apply(self) -> float:
-        """Clip and step. Returns: the gradient's norm before clipping; the step was taken where it is finite."""
-        self._scaler.unscale_(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._trained, self.clip or math.inf))
-        if math.isfinite(norm):
+        Communicates: a micro-batch's gathers; once, the sum of the gradients, 40 bytes a sequence, and the metrics.
+        Mutates: the gradients, which it clears first.
+        """
+        scored.require(batch)
+        denominators = Denominators.of(batch, self.config, self._stack)
+        micros = batch.micro_batches(max_tokens=self.max_tokens, max_seqs=self.max_seqs) if batch.num_seqs else []
+        passes = max(1, agreed(len(micros), self.group, self.device))
+        parts = [MetricSums.of({}, scored.metric_groups, self.device)]
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+        self.model.train()
+        try:
+            for index in range(passes):
+                reduce_gradients(self.model, index + 1 == passes)
+                if index < len(micros):
+                    loss, metrics = self._loss(micros[index], scored, denominators)
+                    parts.append(metrics)
+                else:
+                    loss = self.forward.at_head(idle_batch(), _no_loss)
+                (loss * self.scale.value).backward()
+        finally:
+            self.model.eval()
+        total = add_metrics(parts)
+        return MetricSums(total.names, all_reduce_sum_(total.values.clone(), self.group))
+
+    def apply(self) -> tuple[bool, float]:
+        """Unscale, clip and step. Returns: whether the step was taken, and the gradient's norm before clipping."""
+        trained = list(self.trained.values())
+        if self.scale.value != 1.0:
+            for parameter in trained:
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.scale.value)
+        norm = float(whole_tensor(nn.utils.clip_grad_norm_(trained, self.clip or math.inf)))
+        finite = math.isfinite(norm)
+        if finite:
             self.optimizer.step()
-            self._masters.write()
-        self._scaler.update()
-        return norm
+            if self.masters is not None:
+                self.masters.write()
+        self.scale.update(finite)
+        self.steps += 1
+        self.skipped_steps += not finite
+        return finite, norm
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The whole gradients by name, as accumulated, to look at. Communicates: an all-gather of each, if sharded."""
+        found = {name: parameter.grad for name, parameter in self.trained.items()}
+        return {name: whole_tensor(gradient) for name, gradient in found.items() if gradient is not None}
+
+    def _loss(self, micro: RolloutBatch, scored: ScoredRollouts, denominators: Denominators):
+        def loss_at(at_head: AtHead, exchange: RowsHere) -> tuple[Tensor, MetricSums]:
+            return micro_loss(micro, at_head, exchange, scored, self.config, denominators)
+
+        return self.forward.at_head(micro, loss_at)
+
+    def _stack(self, tensor: Tensor) -> Tensor:
+        group = self.group if group_size(self.group) > 1 else None
+        return all_gather_stacked(tensor.to(self.device), group).to(tensor.device)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
     def save(self, folder: Path) -> PendingSave:
-        """Writes a folder that transformers loads, and beside it what training needs: see `opd_engine.distillation`.
+        """Begins to write a folder that transformers loads, its weights as they are trained, and what training needs.
 
-        Every rank calls. The ranks of a tensor-parallel group prove that their weights are the same.
+        folder: empty, there on every rank; it is whole when the answer is done. Every rank calls.
+        Raises: WrongWeightsError where the live weights are not the student's; ValueError where one is not finite, by
+            its name and the step.
         """
-        with self.weights.saving() as tensors:
-            total = sum(float(tensor.detach().double().sum()) for tensor in tensors.values())
-            totals = all_gather_json(total.hex(), self._tp, torch.device("cpu"))
-            assert len(set(totals)) == 1, f"the ranks' replicated weights differ: sums {totals}"
-            if group_rank(self._tp) == 0:
-                save_model(self.model, self.tokenizer, folder)
-                # A file of ours: given a path, torch's writer reports a full disk as a wrong position and no more.
-                with open(folder / _STATE_FILE, "wb") as file:
-                    torch.save(self._state(), file)
-        return Saved()
+        return save_checkpoint(self, Path(folder))
 
     def load(self, folder: Path) -> None:
-        """Continues from what `save` wrote. Mutates: weights, optimizer, scaler, torch's generator."""
-        from safetensors.torch import load_model
+        """Continues from what `save` wrote: on the same ranks bit for bit, on others to rounding.
 
-        device = self.backend.device
-        state: dict[str, Any] = torch.load(folder / _STATE_FILE, map_location=device, weights_only=True)
-        load_model(self.model, folder / "model.safetensors", device=str(device))
-        self._masters.take(state["masters"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["generator"].cpu())
-        self.weights.accept_live()
-        self.weights.publications = state["publications"]
+        Raises: ValueError for a folder that is not whole, or of another model. Mutates: all that a step does.
+        """
+        load_checkpoint(self, Path(folder))
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "masters": [master.detach() for master in self._masters.of.values()],
-            "scaler": self._scaler.state_dict(),
-            "generator": torch.get_rng_state(),
-            "publications": self.weights.publications,
-        }
+
+def _no_loss(at_head: AtHead, exchange: RowsHere) -> Tensor:
+    """Zero, with zero gradients for everything."""
+    rows = at_head.gather(torch.zeros_like(exchange.own_rows())[:, None]).log_probs
+    return rows.double().masked_fill(torch.ones_like(rows, dtype=torch.bool), 0.0).sum()
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """It must step on everything that trains, and on nothing else."""
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not own:
+        raise ValueError("model: wanted a parameter that requires grad, got none")
+    if missing := [name for key, name in own.items() if key not in stepped]:
+        raise ValueError(
+            f"optimizer: wanted every parameter that requires grad, lacks {missing[0]} and {len(missing) - 1} more; "
+            "set requires_grad=False on what is not to be trained"
+        )
+    if len(stepped - set(own)):
+        raise ValueError(f"optimizer: wanted the model's parameters alone, got {len(stepped - set(own))} others")
+
+
+def _compute_again(model: PreTrainedModel) -> None:
+    # transformers 5.24 renamed it and warns about the old name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _current(mesh: DeviceMesh) -> torch.device:
+    return torch.device(mesh.device_type, torch.accelerator.current_device_index())

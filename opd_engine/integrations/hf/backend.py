@@ -22,6 +22,8 @@ from opd_engine.parallel.vocab import VocabShard
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from opd_engine.distillation.actor import Actor
+
 
 def pad_packed(batch: RolloutBatch, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
     """The packed tokens as a right-padded batch.
@@ -69,10 +71,10 @@ class HFBackend:
         """The tokenizer's map, added tokens included; None without a tokenizer."""
         return self._token_map
 
-    def share_token_map(self, other: HFBackend) -> None:
+    def share_token_map(self, other: HFBackend | Actor) -> None:
         """Takes over the other's map where the two are equal: comparing an object with itself costs nothing later."""
-        if self._token_map == other._token_map:
-            self._token_map = other._token_map
+        if self._token_map == (theirs := other.token_to_id()):
+            self._token_map = theirs
 
     def _rows_of(self, batch: RolloutBatch, model: torch.nn.Module, output: str) -> Tensor:
         input_ids, attention_mask, rows = pad_packed(batch, self.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from opd_engine.integrations.fsdp.actor import CAPABILITIES, FSDPActor
+from opd_engine.integrations.fsdp.precision import HALF
 from opd_engine.integrations.hf.backend import HFBackend, even_shard, make_backend
 from opd_engine.integrations.hf.engine import InlineEngine
 from opd_engine.integrations.hf.models import (
@@ -50,7 +51,10 @@ def assemble(config: TrainConfig, world: World, experiment: Experiment) -> Itera
         experiment.student, trust_remote_code=config.student.trust_remote_code, argument="student.path"
     )
     options = config.optimizer
-    model = _model(config, world, experiment.student, "student.path")
+    dtype = torch_dtype(config.run.dtype)
+    # Half precision trains float32 weights: the folder's own, not yet rounded.
+    trained = torch.float32 if dtype in HALF else dtype
+    model = _model(config, world, experiment.student, "student.path", trained)
     config.validate(model.config.get_text_config().vocab_size)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay
@@ -60,7 +64,11 @@ def assemble(config: TrainConfig, world: World, experiment: Experiment) -> Itera
         optimizer,
         config.opd,
         tp_mesh=tp_mesh,
+        dtype=dtype,
+        workspace_bytes=config.run.workspace_bytes or None,
+        recompute=config.run.recompute,
         tokenizer=tokenizer,
+        max_tokens=None,
         max_seqs=options.micro_batch or None,
         clip=options.clip,
     )
@@ -78,10 +86,10 @@ def assemble(config: TrainConfig, world: World, experiment: Experiment) -> Itera
     )
 
 
-def _model(config: TrainConfig, world: World, path: Path, argument: str):
+def _model(config: TrainConfig, world: World, path: Path, argument: str, dtype: torch.dtype):
     return load_model(
         path,
-        dtype=torch_dtype(config.run.dtype),
+        dtype=dtype,
         device=world.device,
         trust_remote_code=config.student.trust_remote_code,
         argument=argument,
@@ -91,13 +99,13 @@ def _model(config: TrainConfig, world: World, path: Path, argument: str):
 def _teacher(config: TrainConfig, world: World, name: str, path: Path, actor: FSDPActor) -> LocalTeacher:
     """A module of its own, in eval mode for good; staged, on the host between its turns."""
     argument = f"teachers.{name}"
-    module = _model(config, world, path, argument)
+    module = _model(config, world, path, argument, torch_dtype(config.run.dtype))
     tokenizer = load_tokenizer(path, trust_remote_code=config.student.trust_remote_code, argument=argument)
-    group = None if actor.backend.shard is None else actor.backend.shard.tp_group
+    group = actor.tp_group
     vocab_size = module.config.get_text_config().vocab_size
     shard = even_shard(vocab_size, group, group_size(group), group_rank(group))
     backend: HFBackend = make_backend(module.requires_grad_(False), tokenizer, shard=shard)
-    backend.share_token_map(actor.backend)
+    backend.share_token_map(actor)
     options = {"max_tokens": config.opd.score_batch_tokens}
     if config.run.teacher_weights == "staged":
         staged = StagedWeights(module, world.device)
