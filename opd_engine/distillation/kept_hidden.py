@@ -13,7 +13,7 @@ from torch import Tensor
 from opd_engine.distillation.cache import ScoreCache
 from opd_engine.distillation.config import OPDConfig
 from opd_engine.distillation.rollout import RolloutBatch
-from opd_engine.distillation.support import scoring_batches
+from opd_engine.distillation.support import asked, scoring_batches
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.teachers.pool import TeacherPool
 from opd_engine.teachers.protocols import HiddenTeacher, TeacherHead
@@ -37,7 +37,7 @@ def keep_hidden(
                 f"keep_teacher_hidden: wanted hidden states of teacher {name!r}, but {type(teachers[name]).__name__} "
                 "gives scores only"
             )
-    for name in teachers.turns(name for name, share in shares.items() if share):
+    for name in teachers.turns(asked(shares, teachers)):
         for micro in scoring_batches(batch.select(shares[name]), teachers[name], config):
             try:
                 hidden = teachers.hidden(name, micro)

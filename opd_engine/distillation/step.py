@@ -26,7 +26,7 @@ from opd_engine.distillation.policy import policy_losses
 from opd_engine.distillation.reductions import Denominators
 from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.distillation.row_losses import advantage_losses, divergence_losses, only_live
-from opd_engine.distillation.support import put_supports, scoring_batches
+from opd_engine.distillation.support import asked, put_supports, scoring_batches
 from opd_engine.functional.scores import gather_log_probs, topk_log_probs
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.parallel.vocab import VocabShard
@@ -154,7 +154,7 @@ def score_rollouts(
         return scored
     own = student if isinstance(student, Teacher) else LocalTeacher(student, max_tokens=config.score_batch_tokens)
     both = put_supports(cache, batch, shares, own, teachers, config)
-    for name in teachers.turns(() if both else (name for name, share in shares.items() if share)):
+    for name in teachers.turns(() if both else asked(shares, teachers)):
         for micro in scoring_batches(batch.select(shares[name]), teachers[name], config):
             ids, options = scored.support(micro), {"vocab_size": student.vocab_size, "temperature": config.temperature}
             measured = None

@@ -16,11 +16,16 @@ from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.distillation.rollout_topk import rollout_support
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.teachers.pool import TeacherPool
-from opd_engine.teachers.protocols import Teacher
+from opd_engine.teachers.protocols import Teacher, asked_together
 from opd_engine.teachers.union import shared_fraction, union_support
 
 STUDENT = ""
 """Key of the student among the sources of a union; no teacher can have an empty name."""
+
+
+def asked(shares: dict[str, list[int]], teachers: TeacherPool) -> list[str]:
+    """Who is asked on this rank: whoever has a share here, and whoever every rank must ask."""
+    return [name for name, share in shares.items() if share or asked_together(teachers[name])]
 
 
 def scoring_batches(batch: RolloutBatch, teacher: Teacher, config: OPDConfig) -> list[RolloutBatch]:
@@ -29,7 +34,7 @@ def scoring_batches(batch: RolloutBatch, teacher: Teacher, config: OPDConfig) ->
     A pipeline of several stages is full only when it is given everything at once.
     """
     if getattr(teacher, "splits_itself", False):
-        return [batch] if batch.num_seqs else []
+        return [batch] if batch.num_seqs or asked_together(teacher) else []
     return batch.micro_batches(max_tokens=config.score_batch_tokens)
 
 
@@ -94,7 +99,7 @@ def _put_unions_with_one(
         own.put_support(micro, scores.indices)
         own.put_scores(STUDENT, micro, scores)
     options = {"vocab_size": student.vocab_size, "temperature": config.temperature}
-    for name in teachers.turns(name for name, share in shares.items() if share):
+    for name in teachers.turns(asked(shares, teachers)):
         for micro in scoring_batches(batch.select(shares[name]), teachers[name], config):
             students = own.scores(micro, [STUDENT] * micro.num_seqs)
             target = micro.next_tokens()
@@ -166,7 +171,7 @@ def _teacher_topk(
     batch: RolloutBatch, shares: dict[str, list[int]], vocab_size: int, teachers: TeacherPool, config: OPDConfig
 ):
     """Yields (teacher, micro-batch, its top-k there), teacher by teacher."""
-    for name in teachers.turns(name for name, share in shares.items() if share):
+    for name in teachers.turns(asked(shares, teachers)):
         for micro in scoring_batches(batch.select(shares[name]), teachers[name], config):
             scores = teachers.topk(
                 name,

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from opd_engine.parallel.tensors import local_tensor
+
 _CHUNK = 1 << 20
 _BASE = 0x9E3779B97F4A7C15 - (1 << 64)
 _WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -19,13 +21,14 @@ _WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
     """[tensors] int64 on the first tensor's device, in their order; does not wait for it.
 
-    tensors: of any dtype and shape. Equal bits give equal numbers on every device.
+    tensors: of any dtype and shape; of one that is spread over ranks, this rank's part. Equal bits give equal numbers
+        on every device.
     """
     factors: dict[torch.device, Tensor] = {}
     numbers: list[Tensor] = []
     with torch.no_grad():
         for tensor in tensors:
-            bits = _bits(tensor.detach())
+            bits = _bits(local_tensor(tensor.detach()))
             if bits.device not in factors:
                 generator = torch.Generator().manual_seed(0)
                 low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max

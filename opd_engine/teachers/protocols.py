@@ -126,6 +126,11 @@ def holds_scores(teacher: Teacher) -> bool:
     return getattr(teacher, "holds_scores", True)
 
 
+def asked_together(teacher: Teacher) -> bool:
+    """Whether ranks without a row to score must ask it too: they hold parts of its weights."""
+    return getattr(teacher, "asked_together", False)
+
+
 class FullRows(Protocol):
     """Some rows of a model over its whole vocabulary, or this rank's shard of it.
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd_engine.parallel.tensors import local_tensor
+from opd_engine.parallel.tensors import local_tensor, part_of, spread_like
 from opd_engine.teachers.fingerprint import fingerprint
 
 EXTRA_STATE = "_extra_state"
@@ -43,7 +43,8 @@ class WeightStore:
     trainable: the tag of the weights that are live now, the only ones that are ever trained, published or saved
 
     A set covers parameters, buffers (persistent or not, such as a router's expert_bias) and modules' extra state. The
-    live tensors are written in place, never replaced: flat parameter buffers and optimizers keep their views.
+    live tensors are written in place, never replaced: flat parameter buffers and optimizers keep their views. Of what
+    ranks share each store holds its rank's part; checkpoints are given whole, or spread alike.
     """
 
     def __init__(self, modules: nn.Module | Sequence[nn.Module], *, trainable: str = "student") -> None:
@@ -123,7 +124,7 @@ class WeightStore:
                 more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
                 raise ValueError(f"{tag}: the checkpoint {what} {', '.join(names[:_SHOWN])}{more}")
         for name, value in given.items():
-            if value.shape != live[name].shape:
+            if value.shape != live[name].shape and self._lent.get(id(value)) is not value:
                 raise ValueError(f"{tag}: {name}: wanted shape {list(live[name].shape)}, got {list(value.shape)}")
         self._settle()
         tensors = {}
@@ -131,7 +132,7 @@ class WeightStore:
             value = given.get(name, tensor)
             # Anything but our own buffers may be somebody's live memory.
             ours = self._lent.get(id(value)) is value
-            tensors[name] = value if ours else _host_like(tensor).copy_(value.detach())
+            tensors[name] = value if ours else _host_like(tensor).copy_(part_of(value.detach(), tensor))
         self._lent = {}
         self._sets[tag] = _WeightSet(tensors, self._extra_state() | extra_given, "loaded")
 
@@ -160,7 +161,7 @@ class WeightStore:
         self.check_trainable(f"blending into {tag!r}")
         self._settle()
         one = self._sets[tag]
-        for name, tensor in self.live_tensors().items():
+        for name, tensor in self._live_parts().items():
             if not tensor.is_floating_point():
                 one.tensors[name].copy_(tensor)
                 continue
@@ -181,7 +182,12 @@ class WeightStore:
         Names are those of live_tensors(); a running mean is float32.
         """
         self._settle()
-        return {tag: dict(one.tensors) for tag, one in self._sets.items() if one.origin == "copied"}
+        live = self.live_tensors()
+        return {
+            tag: {name: spread_like(part, live[name]) for name, part in one.tensors.items()}
+            for tag, one in self._sets.items()
+            if one.origin == "copied"
+        }
 
     def restore_copy(self, tag: str, tensors: Mapping[str, Tensor]) -> None:
         """Take a set back that `copies` gave, from the run's own checkpoint; buffers not in it are the live model's.
@@ -192,7 +198,7 @@ class WeightStore:
         one = self._sets[tag]
         for name, tensor in tensors.items():
             if tensor.dtype != one.tensors[name].dtype:  # a mean in float32 of a model in bf16
-                one.tensors[name] = _host_like(tensor.detach()).copy_(tensor.detach())
+                one.tensors[name] = _host_like(tensor.detach()).copy_(local_tensor(tensor.detach()))
         one.origin = "copied"
 
     # ---- switching ---------------------------------------------------------------------------------------------------
@@ -217,7 +223,7 @@ class WeightStore:
             raise WrongWeightsError(f"active({tag!r}): {self._active!r} is active already; leave its block first")
         if self._busy is not None:
             raise WrongWeightsError(f"active({tag!r}): refused while {self.trainable!r} is in {self._busy}")
-        live, extra = self.live_tensors(), self._extra_state()
+        live, extra = self._live_parts(), self._extra_state()
         for name, tensor in live.items():
             if name not in self._own or self._own[name].shape != tensor.shape:
                 self._own[name] = _host_like(tensor)
@@ -322,6 +328,9 @@ class WeightStore:
         for index, chunk in enumerate(self._chunks):
             yield ("" if len(self._chunks) == 1 else f"{index}."), chunk
 
+    def _live_parts(self) -> dict[str, Tensor]:
+        return {name: local_tensor(tensor) for name, tensor in self.live_tensors().items()}
+
     def _aliases(self) -> dict[str, str]:
         return {name: first for name, _, first in self._named()}
 
@@ -348,7 +357,7 @@ class WeightStore:
     def _write(self, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
         # copy_ and not .data: a graph built before must not run backward through weights that it has not seen.
         with torch.no_grad():
-            for name, tensor in self.live_tensors().items():
+            for name, tensor in self._live_parts().items():
                 tensor.copy_(tensors[name], non_blocking=True)
         for name, module in self._extra_modules().items():
             module.set_extra_state(copy.deepcopy(extra[name]))
@@ -392,12 +401,13 @@ def _checked_tag(argument: str, tag: str) -> str:
 
 
 def _host_like(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    """Of this rank's part."""
+    return torch.empty(local_tensor(tensor).shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 def _copied(host: Tensor, source: Tensor) -> Tensor:
     """Fill a host tensor; asynchronous where it is pinned. The stream orders it before what comes next there."""
-    return host.copy_(source.detach(), non_blocking=host.is_pinned() if source.is_cuda else False)
+    return host.copy_(local_tensor(source.detach()), non_blocking=host.is_pinned() if source.is_cuda else False)
 
 
 @contextlib.contextmanager

@@ -63,13 +63,24 @@ def test_the_gradient_of_every_parameter_is_the_dense_float64_models(pool, truth
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt2"])
 def test_soft_caps_and_learned_positions_are_the_models_own(pool, truths, kind):
-    """Gemma 2 caps its logits after the head at 2: a head taken apart would lose that."""
+    """Gemma 2 caps its logits after the head at 2, which a loss from hidden states does too."""
     loss, truth = truths(kind, False, "forward_kl")
-    actor = make_actor(make_model(kind))
-    assert actor.forward.head_is_product == (kind == "gpt2")
+    for options in ({}, {"workspace_bytes": FEW_ROWS}):
+        actor = make_actor(make_model(kind), **options)
+        assert actor.forward.after.softcap == (2.0 if kind == "gemma2" else None)
+        found, gradients = accumulated(actor, pool, batch_of_step(3))
+        assert abs(found - loss) <= BOUND * abs(loss)
+        assert distance(gradients, truth) <= BOUND
+
+
+def test_a_head_with_hooks_keeps_the_models_own_forward(pool, truths):
+    loss, truth = truths("qwen3", False, "forward_kl")
+    model = make_model()
+    model.lm_head.register_forward_hook(lambda *_: None)
+    actor = make_actor(model)
+    assert actor.forward.after is None
     found, gradients = accumulated(actor, pool, batch_of_step(3))
-    assert abs(found - loss) <= BOUND * abs(loss)
-    assert distance(gradients, truth) <= BOUND
+    assert abs(found - loss) <= BOUND * abs(loss) and distance(gradients, truth) <= BOUND
 
 
 def test_planted_errors_are_a_hundred_times_the_bound(pool, truths):
@@ -268,8 +279,11 @@ def test_what_cannot_work_is_refused_by_name(pool):
         options = {"optimizer": optimizer, "config": config, **given}
         with pytest.raises(ValueError, match=words):
             FSDPActor(model, options.pop("optimizer"), options.pop("config"), **options)
-    with pytest.raises(ValueError, match="workspace_bytes: Gemma2ForCausalLM's logits are more than the product"):
-        make_actor(make_model("gemma2"), workspace_bytes=FEW_ROWS)
+    hooked = make_model()
+    hooked.lm_head.register_forward_hook(lambda *_: None)
+    told = "workspace_bytes: the LM head of Qwen3ForCausalLM cannot be used apart, since its head has hooks; wanted"
+    with pytest.raises(ValueError, match=told):
+        make_actor(hooked, workspace_bytes=FEW_ROWS)
     frozen = copy.deepcopy(model).requires_grad_(False)
     with pytest.raises(ValueError, match="model: wanted a parameter that requires grad"):
         FSDPActor(frozen, optimizer, config)

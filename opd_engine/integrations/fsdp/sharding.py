@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from opd_engine.integrations.fsdp.precision import replace_parameters
+from opd_engine.integrations.hf.lm_head import AfterHead, find_after_head
 from opd_engine.parallel.sharded_modules import is_sharded, shard_group
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def shard_model(
         raise ValueError(f"mesh: wanted one dimension, got {mesh.ndim} ({mesh.mesh_dim_names}); give a slice of it")
     if is_sharded(model):
         raise ValueError("model: wanted one that is not sharded yet")
+    model._opd_after_head = find_after_head(model)  # while it can still be tried: sharded, it is wrapped
     before = dict(model.named_parameters())
     computes = model.dtype if dtype is None else dtype
     if computes in (torch.bfloat16, torch.float16):
@@ -54,6 +56,11 @@ def shard_model(
         after = dict(model.named_parameters())
         replace_parameters(optimizer, {parameter: after[name] for name, parameter in before.items()})
     return model
+
+
+def after_head(model: PreTrainedModel) -> AfterHead | None:
+    """What the model does after its LM head, where that can stand apart; of a sharded one as it was before."""
+    return getattr(model, "_opd_after_head", None) if is_sharded(model) else find_after_head(model)
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
