@@ -7,6 +7,7 @@ from torch import Tensor
 
 from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.functional.full import full_distill_loss
+from opd_engine.teachers.limits import check_given, max_positions, readable, unread_rows
 from opd_engine.teachers.protocols import FullTeacher
 
 _ROWS = 1024
@@ -22,14 +23,18 @@ def full_divergence(
     divergence: str = "forward_kl",
     temperature: float = 1.0,
 ) -> Tensor | None:
-    """In nats, of each row that counts, in order: [rows] on the host.
+    """In nats, of each row that counts and that the teacher can read, in order: [rows] on the host.
 
     Nothing of a pipeline stage that has no head.
 
     Returns: None where the two models' shards of the vocabulary differ, since their columns then do not meet.
+    Raises: ValueError for ids and lengths that one of the two has no row for, by sample and position.
     Communicates: as the models' forwards and full_distill_loss.
     """
-    ours, theirs = student.full_rows(batch), teacher.full_rows(batch)
+    check_given(batch, model="student", vocab_size=student.vocab_size, max_positions=max_positions(student))
+    limits = {"vocab_size": teacher.vocab_size, "max_positions": max_positions(teacher)}
+    check_given(batch, model="teacher", prompts_only=True, **limits)
+    ours, theirs = student.full_rows(batch), teacher.full_rows(readable(batch, teacher.vocab_size))
     if ours.shard is not None and theirs.shard is not None and not _meet(ours.shard, theirs.shard):
         return None
     parts = [torch.empty(0)]
@@ -44,7 +49,8 @@ def full_divergence(
             teacher_vocab_size=teacher.vocab_size,
         )
         parts.append(losses.cpu())
-    return torch.cat(parts)
+    read = ~unread_rows(batch, teacher.vocab_size)[batch.loss_mask].cpu()
+    return torch.cat(parts)[read if ours.num_rows else slice(0)]
 
 
 def _meet(ours, theirs) -> bool:

@@ -18,6 +18,14 @@ def shares_of(batch: RolloutBatch, weights: Tensor, teachers: TeacherPool) -> di
     return {name: sequence[rows[position]].unique().tolist() for position, name in enumerate(teachers.names)}
 
 
+def taught_rows(weights: Tensor) -> Tensor:
+    """Rows of which some teacher says something: [num_tokens] bool; the others have no divergence.
+
+    weights: [teachers, num_tokens], as TeacherPool.route gives them
+    """
+    return (weights > 0).any(0)
+
+
 def owners_of(batch: RolloutBatch, teachers: TeacherPool, mixture: str) -> tuple[list[list[str | None]], Tensor]:
     """(per member, per sequence the teacher that scored it or None; the weights [teachers, num_tokens]).
 

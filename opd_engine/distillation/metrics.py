@@ -26,9 +26,9 @@ PER_SCORED_ROW = (
 )
 """Summed over rows without NaN; `coverage` counts rows whose sampled token lies in the support."""
 
-COUNTS = ("rows", "nan_rows", "infinite_rows", "short_support_rows", "union_dropped", "clipped_rows")
-"""`short_support_rows`: fewer than two ids present, where `renormalize` gives zero; `clipped_rows`: where the policy
-gradient is cut off."""
+COUNTS = ("rows", "unread_rows", "nan_rows", "infinite_rows", "short_support_rows", "union_dropped", "clipped_rows")
+"""`unread_rows`: count, but no teacher has all the ids before them, and are not among `rows`; `short_support_rows`:
+fewer than two ids present, where `renormalize` gives zero; `clipped_rows`: where the policy gradient is cut off."""
 
 NAMES = (*COUNTS, "loss", "policy_loss", "divergence", "teacher_entropy", "teacher_entropy_rows", *PER_SCORED_ROW)
 

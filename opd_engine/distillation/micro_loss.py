@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opd_engine.distillation.config import OPDConfig
 from opd_engine.distillation.head import HiddenRows, LogitRows
-from opd_engine.distillation.members import load_members, one_teacher
+from opd_engine.distillation.members import load_members, one_teacher, taught_rows
 from opd_engine.distillation.metrics import MetricSums
 from opd_engine.distillation.reductions import Denominators
 from opd_engine.distillation.rollout import RolloutBatch
@@ -138,7 +138,7 @@ def _with_its_gradients(
         members, weights = load_members(batch, scored.cache, scored.teachers, scored.mixture, indices)
     else:
         weights = scored.teachers.route(batch, scored.mixture).to(device)
-    row_weights = denominators.of_rows(batch).to(device)
+    row_weights = denominators.of_rows(batch).to(device).where(taught_rows(weights), 0.0)
     teacher = one_teacher(members, weights, config.mixture)
     live = take_rows(row_weights > 0, rows, fill=False)
     divergence = _RecordedDivergence(config, live)

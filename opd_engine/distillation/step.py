@@ -19,7 +19,7 @@ from torch import Tensor
 from opd_engine.distillation.cache import ScoreCache
 from opd_engine.distillation.config import OPDConfig
 from opd_engine.distillation.kept_hidden import keep_hidden, members_from_hidden
-from opd_engine.distillation.members import load_members, one_teacher, owners_of, shares_of
+from opd_engine.distillation.members import load_members, one_teacher, owners_of, shares_of, taught_rows
 from opd_engine.distillation.metrics import MetricSums, group_sums, row_sums
 from opd_engine.distillation.off_policy import state_weights
 from opd_engine.distillation.policy import policy_losses
@@ -30,6 +30,7 @@ from opd_engine.distillation.support import asked, put_supports, scoring_batches
 from opd_engine.functional.scores import gather_log_probs, topk_log_probs
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.parallel.vocab import VocabShard
+from opd_engine.teachers.limits import check_given, max_positions
 from opd_engine.teachers.local import LocalTeacher
 from opd_engine.teachers.pool import TeacherPool
 from opd_engine.teachers.protocols import ModelBackend, Teacher, TeacherHead
@@ -100,6 +101,7 @@ class ScoredRollouts:
                 "keep_teacher_hidden: the student has been updated since this rollout was scored, so its top-k is not "
                 "the rollout's any more; wanted one optimizer step a rollout, or keep_teacher_hidden=False"
             )
+        check_given(batch, model="student", vocab_size=self.vocab_size)
         shares = shares_of(batch, self.teachers.route(batch, self.mixture), self.teachers)
         self.cache.require(batch, list(shares.items()))
 
@@ -137,15 +139,19 @@ def score_rollouts(
     Teachers score one after the other, each the samples that are its own.
 
     Raises:
-        ValueError: a batch or config that is wrong, an unknown teacher, token -> id maps that disagree.
+        ValueError: a batch or config that is wrong, an unknown teacher, token -> id maps that disagree, an id or a
+            length that the student or a teacher has no row for (of a teacher, in a prompt), before any of them runs.
         DeadTeacherError: with `config.check_teachers`, a teacher whose scores cannot teach, see `check_alive`.
     Communicates: as topk_log_probs and gather_log_probs, over the shards of the student and the local teachers.
     """
     batch.validate()
     config.validate(vocab_size=student.vocab_size)
     teachers.check_vocabulary(student.token_to_id())
+    check_given(batch, model="student", vocab_size=student.vocab_size, max_positions=max_positions(student))
     weights = teachers.route(batch, config.mixture)
     shares = shares_of(batch, weights, teachers)
+    for name, share in shares.items():
+        teachers.check_given(name, batch.select(share))
     cache = ScoreCache(config.optimizer_steps_per_rollout)
     scored = ScoredRollouts(cache, teachers, config.mixture, student.vocab_size, tuple(config.tasks))
     if config.keep_teacher_hidden:
@@ -211,7 +217,8 @@ def distillation_loss(
         ValueError: rows that do not fit the batch, samples that were not scored, or were freed.
     Communicates: as gather_log_probs.
     Mutates: the logits in the backward, with `config.inplace_backward`.
-    Grad: for `logits`; rows of zero weight get exact zeros, whatever they and their teachers' scores hold.
+    Grad: for `logits`; rows of zero weight, and those no teacher can read (docs/math.md, "Vocabularies"), get exact
+        zeros of the divergence, whatever they and their teachers' scores hold.
     """
     if logits.shape[:-1].numel() != batch.num_tokens:
         raise ValueError(f"logits: wanted {batch.num_tokens} rows, one a packed token, got shape {list(logits.shape)}")
@@ -262,14 +269,16 @@ def distillation_loss_of_scores(
     """
     device = student.log_probs.device
     row_weights = denominators.of_rows(batch).to(device)
-    live = row_weights > 0
+    counted = row_weights > 0
     next_tokens = batch.next_tokens().to(device)
     indices = student.indices.flatten(0, -2)
-    student = only_live(student, indices, live)
     if members is None:
         members, weights = load_members(batch, scored.cache, scored.teachers, scored.mixture, indices)
     else:
         weights = scored.teachers.route(batch, scored.mixture).to(device)
+    sampled = None if student.target_log_prob is None else student.target_log_prob.reshape(-1).where(counted, 0.0)
+    live = counted & taught_rows(weights)
+    student = only_live(student, indices, live)
     if config.loss_type == "advantage":
         losses, divergences = advantage_losses(student, members, weights, batch, config)
     else:
@@ -277,19 +286,20 @@ def distillation_loss_of_scores(
     total = row_weights
     reached = torch.ones_like(row_weights)
     if config.state_weight_cap is not None:
-        reached = state_weights(batch, student.target_log_prob, config.state_weight_cap)
+        reached = state_weights(batch, sampled, config.state_weight_cap)
         total = row_weights * reached
-    loss = config.coefficient * torch.where(total > 0, losses.double() * total, 0.0).sum()
+    loss = config.coefficient * torch.where(live & (total > 0), losses.double() * total, 0.0).sum()
     policy: dict[str, Tensor | float] = {}
     if config.policy_coefficient > 0:
-        on_policy, clipped = policy_losses(batch, student.target_log_prob, config)
-        term = config.policy_coefficient * torch.where(live, on_policy * row_weights, 0.0).sum()
+        on_policy, clipped = policy_losses(batch, sampled, config)
+        term = config.policy_coefficient * torch.where(counted, on_policy * row_weights, 0.0).sum()
         loss = loss + term
-        policy = {"policy_loss": term.detach(), "clipped_rows": (clipped & live).sum()}
+        policy = {"policy_loss": term.detach(), "clipped_rows": (clipped & counted).sum()}
     with torch.no_grad():
         combined = one_teacher(members, weights, config.mixture)
         sums = row_sums(divergences[0], student, combined, live, next_tokens, reached)
         sums["loss"] = loss.detach()
+        sums["unread_rows"] = (counted & ~live).sum()
         sums |= policy
         if config.tail != "renormalize":
             sums["short_support_rows"] = 0.0
@@ -305,8 +315,8 @@ def row_divergences(student: Teacher, batch: RolloutBatch, scored: ScoredRollout
     student: scores its own rollouts, at the ids the teachers were asked for
     batch: any selection of what was scored
 
-    Returns: [num_tokens] float64 on the host, before any weight; NaN on rows that do not count, and everywhere on
-        ranks that hold no scores.
+    Returns: [num_tokens] float64 on the host, before any weight; NaN on rows that do not count or that no teacher can
+        read, and everywhere on ranks that hold no scores.
     Communicates: as gather_log_probs.
     """
     nothing = torch.full((batch.num_tokens,), torch.nan, dtype=torch.float64)
@@ -319,12 +329,13 @@ def row_divergences(student: Teacher, batch: RolloutBatch, scored: ScoredRollout
     target = batch.next_tokens().masked_fill(~batch.loss_mask, -1) if config.needs_student_target else None
     own = student.score(batch, ids, target=target, temperature=config.temperature).to("cpu")
     members, weights = load_members(batch, scored.cache, scored.teachers, scored.mixture, ids)
-    own = only_live(own, ids, batch.loss_mask)
+    live = batch.loss_mask & taught_rows(weights).cpu()
+    own = only_live(own, ids, live)
     if config.loss_type == "advantage":
         _, divergences = advantage_losses(own, members, weights, batch, config)
     else:
         _, divergences = divergence_losses(own, members, weights, config)
-    return torch.where(batch.loss_mask, divergences[0].double().cpu(), nothing)
+    return torch.where(live, divergences[0].double().cpu(), nothing)
 
 
 def _sums_by_group(

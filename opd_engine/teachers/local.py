@@ -16,6 +16,7 @@ from torch import Tensor
 from opd_engine.functional.scores import gather_log_probs, topk_log_probs
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.parallel.vocab import VocabShard
+from opd_engine.teachers.limits import max_positions
 from opd_engine.teachers.protocols import ChooseIds, ModelBackend, ProjectingBackend, ScoringBatch
 
 ScoreRows = Callable[[Tensor, Tensor], TokenScores]
@@ -56,6 +57,11 @@ class LocalTeacher:
     @property
     def vocab_size(self) -> int:
         return self.backend.vocab_size
+
+    @property
+    def max_positions(self) -> int | None:
+        """Of the backend, where it says."""
+        return max_positions(self.backend)
 
     def token_to_id(self) -> Mapping[str, int] | None:
         return self.backend.token_to_id()

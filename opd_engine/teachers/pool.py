@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_engine.functional.token_scores import TokenScores
+from opd_engine.teachers.limits import check_given, max_positions, readable, unread_rows
 from opd_engine.teachers.protocols import ChoosingTeacher, ScoringBatch, Teacher, TeacherHead
 from opd_engine.teachers.spec import TeacherSpec
 from opd_engine.teachers.union import shared_fraction, union_support
@@ -95,7 +96,8 @@ class TeacherPool:
 
         A sample names one teacher, several, or "": then it is the pool's only teacher under "route", and all of them
         otherwise. Weights are the specs', or the batch's `teacher_weights` (a sequence or a row each) where they name
-        the teacher; only their proportions within a row count.
+        the teacher; only their proportions within a row count. After an id of the rollout that a teacher lacks it has
+        no weight.
 
         Returns:
             weights [teachers in pool order, num_tokens] float64, on the batch's device; 0: does not score that row.
@@ -143,7 +145,32 @@ class TeacherPool:
                 f"teacher_names[{sequence}] = {batch.teacher_names[sequence]!r}: row {int(alone[0])} counts, but no "
                 "teacher has a weight above zero there"
             )
+        for name, position in order.items():
+            weights[position].masked_fill_(unread_rows(batch, self._teachers[name].vocab_size), 0.0)
         return weights
+
+    def check_given(self, name: str, batch: ScoringBatch) -> None:
+        """Refuse sequences that a teacher cannot be given, under the prompts it sees. Reads the batch on its device.
+
+        Raises: ValueError naming the teacher, the sample, the position and the limit.
+        """
+        view, teacher = self._prompted(name, batch)[0], self[name]
+        check_given(
+            view,
+            model=f"teacher {name!r}",
+            vocab_size=teacher.vocab_size,
+            max_positions=max_positions(teacher),
+            prompts_only=True,
+        )
+
+    def _prompted(self, name: str, batch: ScoringBatch) -> tuple[ScoringBatch, Tensor | None]:
+        """The batch under the teacher's prompts, and where its rows lie there; None where they are the same."""
+        return batch.teacher_view() if self.spec(name).teacher_tokens else (batch, None)
+
+    def _view(self, name: str, batch: ScoringBatch) -> tuple[ScoringBatch, Tensor | None]:
+        """What the teacher reads: `_prompted`, without the ids it lacks."""
+        view, rows = self._prompted(name, batch)
+        return readable(view, self[name].vocab_size), rows
 
     def check_vocabulary(self, token_to_id: Mapping[str, int] | None) -> None:
         """Compare every teacher's token -> id map with the student's, once; a side without a map is not compared.
@@ -179,8 +206,7 @@ class TeacherPool:
         Returns:
             TokenScores with `indices` as given; ids the teacher lacks have log-prob -inf.
         """
-        teacher, spec = self[name], self.spec(name)
-        view, rows = batch.teacher_view() if spec.teacher_tokens else (batch, None)
+        teacher, (view, rows) = self[name], self._view(name, batch)
         asked = askable(indices, teacher.vocab_size)
         asked_target = None if target is None else askable(target, teacher.vocab_size)
         if rows is not None:
@@ -217,7 +243,7 @@ class TeacherPool:
             return askable(asked, teacher.vocab_size)
 
         scores = teacher.score_chosen(
-            batch,
+            readable(batch, teacher.vocab_size),
             min(k, teacher.vocab_size),
             choose,
             target=None if target is None else askable(target, teacher.vocab_size),
@@ -239,8 +265,7 @@ class TeacherPool:
 
         A teacher with fewer than k tokens gives all of them, then -1.
         """
-        teacher, spec = self[name], self.spec(name)
-        view, rows = batch.teacher_view() if spec.teacher_tokens else (batch, None)
+        teacher, (view, rows) = self[name], self._view(name, batch)
         asked_target = None if target is None else askable(target, teacher.vocab_size)
         if rows is not None and asked_target is not None:
             asked_target = _scatter(asked_target, rows, view.num_tokens)
@@ -259,8 +284,7 @@ class TeacherPool:
 
     def hidden(self, name: str, batch: ScoringBatch) -> Tensor:
         """A teacher's hidden states of the batch's rows that count, in order, under the prompt it sees."""
-        view = batch.teacher_view()[0] if self.spec(name).teacher_tokens else batch  # the same rows count, in order
-        return self[name].hidden(view)
+        return self[name].hidden(self._view(name, batch)[0])  # the same rows count, in order
 
     def score_hidden(
         self,
@@ -317,7 +341,7 @@ class TeacherPool:
             return askable(union.indices, teacher.vocab_size).to(own.indices.device)
 
         scores = teacher.score_chosen(
-            batch,
+            readable(batch, teacher.vocab_size),
             min(k, teacher.vocab_size),
             choose,
             target=None if target is None else askable(target, teacher.vocab_size),

@@ -21,6 +21,7 @@ class ScoringBatch(Protocol):
     tokens: Tensor
     cu_seqlens: Tensor
     loss_mask: Tensor
+    sample_ids: Tensor
     teacher_names: list
     teacher_weights: Mapping[str, Tensor] | None
     teacher_prompts: list[Tensor | None] | None
@@ -46,7 +47,8 @@ class ModelBackend(Protocol):
     shard: the columns of the vocabulary that this process holds, or None for all of them, padding included
 
     A backend may also have `module` (a torch.nn.Module): it is then put in eval mode while it scores and left as it was
-    found. Under tensor parallelism every rank of the shard's group makes the same calls in the same order.
+    found; and `max_positions`, the longest sequence it can be given, or None without a limit. Under tensor parallelism
+    every rank of the shard's group makes the same calls in the same order.
     """
 
     vocab_size: int
@@ -79,6 +81,8 @@ class Teacher(Protocol):
     """Anything that can score rollouts. Results are flat [num_tokens, ...] and defined where `loss_mask` is True.
 
     vocab_size: the teacher's own real vocabulary, over which it normalises
+
+    It may also have `max_positions`, the longest sequence it can be given, or None without a limit.
     """
 
     vocab_size: int

@@ -19,6 +19,7 @@ from opd_engine.distillation.micro_loss import RowsHere
 from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.integrations.fsdp.forward import AtHead, CausalForward
+from opd_engine.integrations.hf.models import max_positions
 from opd_engine.parallel.collectives import all_reduce_max_
 from opd_engine.parallel.sequences import take_rows
 from opd_engine.parallel.vocab import VocabShard
@@ -66,6 +67,11 @@ class ModelScorer:
     @property
     def vocab_size(self) -> int:
         return self.forward.vocab_size
+
+    @property
+    def max_positions(self) -> int | None:
+        """Of the model, where its positions are learned."""
+        return max_positions(self.forward.model)
 
     @property
     def asked_together(self) -> bool:

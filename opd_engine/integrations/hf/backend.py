@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.integrations.hf.lm_head import AfterHead, find_after_head, reason_to_keep_whole
-from opd_engine.integrations.hf.models import token_to_id
+from opd_engine.integrations.hf.models import max_positions, token_to_id
 from opd_engine.parallel.collectives import copy_to_group
 from opd_engine.parallel.linear import vocab_parallel_lm_head
 from opd_engine.parallel.vocab import VocabShard
@@ -61,6 +61,7 @@ class HFBackend:
         self.module = module
         self.tokenizer = tokenizer
         self.vocab_size = int(language_model(module).config.get_text_config().vocab_size)
+        self.max_positions = max_positions(module)
         self._token_map = None if tokenizer is None else token_to_id(tokenizer)
 
     @property

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# What configurations call their number of positions; transformers maps older names to the first.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype called `name` ("float32", "float64", "bfloat16", "float16").
@@ -132,6 +135,21 @@ def load_tokenizer(
 def token_to_id(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Token -> id, added tokens included: what must agree between the student and its teachers."""
     return dict(tokenizer.get_vocab())
+
+
+def max_positions(module: PreTrainedModel) -> int | None:
+    """The longest sequence the model has learned positions for: rows of a table; None where positions are computed.
+
+    A rotary model can be given more than its max_position_embeddings, and computes what it computes.
+    """
+    config = module.config.get_text_config()
+    limit = next((n for name in _POSITIONS if isinstance(n := getattr(config, name, None), int) and n > 0), None)
+    if limit is None:
+        return None
+    words = module.get_input_embeddings()
+    # Some tables begin with two rows that no position uses.
+    tables = (m for m in module.modules() if isinstance(m, torch.nn.Embedding) and m is not words)
+    return limit if any(table.num_embeddings in (limit, limit + 2) for table in tables) else None
 
 
 def end_token_ids(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opd_engine.distillation.rollout_engine import Completions
 from opd_engine.distillation.sampling import check_sampling, draw, likeliest
+from opd_engine.integrations.hf.models import max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,13 +31,26 @@ def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.devic
     return input_ids.to(device), attention_mask.to(device)
 
 
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
-    for index, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompts: wanted at least one token each, got an empty prompt at index {index}")
+def _check(
+    model, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int, top_p: float
+) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: wanted >= 1, got {max_new_tokens}")
     check_sampling(temperature, top_k, top_p)
+    rows, positions = model.get_input_embeddings().weight.shape[0], max_positions(model)
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompts: wanted at least one token each, got an empty prompt at index {index}")
+        outside = next((place for place, token in enumerate(prompt) if not 0 <= token < rows), None)
+        if outside is not None:
+            raise ValueError(
+                f"prompts[{index}][{outside}]: wanted ids below the model's vocabulary of {rows}, got {prompt[outside]}"
+            )
+        if positions is not None and len(prompt) + max_new_tokens > positions:
+            raise ValueError(
+                f"max_new_tokens: prompts[{index}] has {len(prompt)} tokens and {max_new_tokens} may follow; wanted a "
+                f"length of at most {positions} together, the positions that the model has learned"
+            )
 
 
 @torch.no_grad()
@@ -65,10 +79,10 @@ def generate(
         the model alone, not on what is written beside it.
     top_logprobs: how many of the likeliest ids to return with each token.
     Returns: Completions, in the order of the prompts.
-    Raises: ValueError for an empty prompt or a setting out of range.
+    Raises: ValueError for an empty prompt, ids or lengths that the model has no row for, or a setting out of range.
     Mutates: nothing; the model's train or eval mode is restored.
     """
-    _check(prompts, max_new_tokens, temperature, top_k, top_p)
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     if not prompts:
         return Completions(tokens=[], log_probs=[], finished=[])
     was_training = model.training
