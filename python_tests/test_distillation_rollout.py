@@ -77,8 +77,10 @@ def test_concat_is_the_inverse_of_splitting():
     assert torch.equal(whole.teacher_weights["a"], batch.teacher_weights["a"])
     with pytest.raises(ValueError, match="sample_ids: wanted unique ids, 0 occurs more than once"):
         concat_rollouts([batch, batch])
+    with pytest.raises(ValueError, match="rewards: present in 1 of 2 batches, wanted all or none"):
+        concat_rollouts([batch, toy_batch(2)])
     with pytest.raises(ValueError, match=r"teacher_weights: wanted \['a'\] in every batch"):
-        concat_rollouts([batch.select([0]), toy_batch(1, sample_ids=[9])])
+        concat_rollouts([batch.select([0]), toy_batch(1, sample_ids=[9], rewards=[1.0])])
     batch.teacher_weights = None
     with pytest.raises(ValueError, match="rewards: present in 1 of 2 batches"):
         concat_rollouts([batch.select([0]), toy_batch(1, sample_ids=[9])])

@@ -5,6 +5,8 @@ Needs one number a row beyond the divergence: the student's log-prob of the samp
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,13 +32,18 @@ def policy_losses(batch: RolloutBatch, student_log_probs: Tensor, config: OPDCon
     advantages = batch.advantages.to(device).double()[batch.row_sequence().to(device)]
     rollout = batch.rollout_log_probs.to(device).double()
     log_ratio = torch.where(mask, student_log_probs.double() - rollout, 0.0)
-    ratio = log_ratio.exp()
-    bounded = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
-    losses = -torch.minimum(ratio * advantages, bounded * advantages)
     with torch.no_grad():
-        above, below = ratio > 1.0 + config.clip_high, ratio < 1.0 - config.clip_low
+        above, below = log_ratio > math.log1p(config.clip_high), log_ratio < _log(1.0 - config.clip_low)
         clipped = mask & ((above & (advantages > 0)) | (below & (advantages < 0)))
+        bound = torch.full_like(log_ratio, 1.0 - config.clip_low).masked_fill(above, 1.0 + config.clip_high)
+    # Cut off before the exponential: where it overflows, its derivative times the 0 of a minimum would be NaN.
+    ratio = torch.where(clipped, 0.0, log_ratio).exp()
+    losses = -torch.where(clipped, bound, ratio) * advantages
     return torch.where(mask, losses, 0.0), clipped
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, scale: bool = True) -> Tensor:

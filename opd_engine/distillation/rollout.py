@@ -12,12 +12,27 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from opd_engine.distillation.batch_fields import (
+    BOUNDS,
+    DTYPES,
+    EITHER,
+    ROWS,
+    SEQUENCES,
+    along,
+    check_shape,
+    digest,
+    moved,
+    require_declared,
+)
+from opd_engine.distillation.batch_fields import chosen as entries
+from opd_engine.distillation.engine_numbers import check_log_probs, given_log_prob
 from opd_engine.distillation.rollout_topk import TopLogProbs, check_topk, check_topk_shapes, pack_top_logprobs
 
 TeacherNames = str | tuple[str, ...]
 """The teacher of a sequence: one name, several names, or "" for the pool's default."""
 
 
+@require_declared
 @dataclasses.dataclass
 class RolloutBatch:
     """Packed rollouts.
@@ -40,46 +55,34 @@ class RolloutBatch:
     task_names: per sequence the task it belongs to, for metrics, or None
     """
 
-    tokens: Tensor
-    cu_seqlens: Tensor
-    loss_mask: Tensor
-    sample_ids: Tensor
-    rollout_ids: Tensor
-    teacher_names: list[TeacherNames]
-    rewards: Tensor | None = None
-    rollout_log_probs: Tensor | None = None
-    rollout_topk_ids: Tensor | None = None
-    rollout_topk_log_probs: Tensor | None = None
-    teacher_weights: Mapping[str, Tensor] | None = None
-    teacher_prompts: list[Tensor | None] | None = None
-    sample_weights: Tensor | None = None
-    advantages: Tensor | None = None
-    task_names: list[str] | None = None
+    tokens: Tensor = along(ROWS, "int64")
+    cu_seqlens: Tensor = along(BOUNDS, "int32")
+    loss_mask: Tensor = along(ROWS, "bool")
+    sample_ids: Tensor = along(SEQUENCES, "int64")
+    rollout_ids: Tensor = along(SEQUENCES, "int64")
+    teacher_names: list[TeacherNames] = along(SEQUENCES)
+    rewards: Tensor | None = along(SEQUENCES, "float", finite=True, default=None)
+    rollout_log_probs: Tensor | None = along(ROWS, "float", default=None)
+    rollout_topk_ids: Tensor | None = along(ROWS, "int64", width=True, fill=-1, default=None)
+    rollout_topk_log_probs: Tensor | None = along(ROWS, "float", width=True, fill=-torch.inf, default=None)
+    teacher_weights: Mapping[str, Tensor] | None = along(EITHER, "float", default=None)
+    teacher_prompts: list[Tensor | None] | None = along(SEQUENCES, default=None)
+    sample_weights: Tensor | None = along(SEQUENCES, "float", finite=True, default=None)
+    advantages: Tensor | None = along(SEQUENCES, "float", finite=True, default=None)
+    task_names: list[str] | None = along(SEQUENCES, default=None)
 
     def __post_init__(self) -> None:
         # Shapes and dtypes only: no values are read, so a batch on a device costs no synchronisation here.
-        _check_vector("tokens", self.tokens, torch.int64)
-        _check_vector("cu_seqlens", self.cu_seqlens, torch.int32)
+        for name in ("tokens", "cu_seqlens"):
+            value, dtype = getattr(self, name), "int64" if name == "tokens" else "int32"
+            if not isinstance(value, Tensor) or value.dim() != 1 or not DTYPES[dtype](value.dtype):
+                got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name}: wanted a one-dimensional torch.{dtype} tensor, got {got}")
         if self.cu_seqlens.numel() == 0:
             raise ValueError("cu_seqlens: wanted num_seqs + 1 entries beginning with 0, got none")
-        _check_vector("loss_mask", self.loss_mask, torch.bool, self.num_tokens, "num_tokens")
-        _check_vector("sample_ids", self.sample_ids, torch.int64, self.num_seqs, "num_seqs")
-        _check_vector("rollout_ids", self.rollout_ids, torch.int64, self.num_seqs, "num_seqs")
-        for name in ("teacher_names", "teacher_prompts", "task_names"):
-            values = getattr(self, name)
-            if values is not None and len(values) != self.num_seqs:
-                raise ValueError(f"{name}: wanted {self.num_seqs} entries, one a sequence, got {len(values)}")
-        _check_float("rewards", self.rewards, self.num_seqs, "num_seqs")
-        _check_float("sample_weights", self.sample_weights, self.num_seqs, "num_seqs")
-        _check_float("advantages", self.advantages, self.num_seqs, "num_seqs")
-        _check_float("rollout_log_probs", self.rollout_log_probs, self.num_tokens, "num_tokens")
+        for field in dataclasses.fields(self):
+            check_shape(field, getattr(self, field.name), self.num_tokens, self.num_seqs)
         check_topk_shapes(self.rollout_topk_ids, self.rollout_topk_log_probs, self.num_tokens)
-        for name, weights in (self.teacher_weights or {}).items():
-            if weights.dim() != 1 or weights.shape[0] not in (self.num_seqs, self.num_tokens):
-                raise ValueError(
-                    f"teacher_weights[{name!r}]: wanted shape [{self.num_seqs}] (a weight a sequence) or "
-                    f"[{self.num_tokens}] (a weight a row), got {list(weights.shape)}"
-                )
 
     @property
     def num_tokens(self) -> int:
@@ -120,18 +123,16 @@ class RolloutBatch:
         unique, counts = self.sample_ids.unique(return_counts=True)
         if unique.numel() != self.num_seqs:
             raise ValueError(f"sample_ids: wanted unique ids, {int(unique[counts > 1][0])} occurs more than once")
-        for name in ("rewards", "sample_weights", "advantages"):
-            values = getattr(self, name)
-            if values is not None and not bool(values.isfinite().all()):
+        for field in dataclasses.fields(self):
+            values = getattr(self, field.name)
+            if field.metadata["finite"] and values is not None and not bool(values.isfinite().all()):
                 bad = int((~values.isfinite()).nonzero()[0])
-                raise ValueError(f"{name}: wanted finite values, got {float(values[bad])} for sequence {bad}")
+                raise ValueError(f"{field.name}: wanted finite values, got {float(values[bad])} for sequence {bad}")
+        if self.sample_weights is not None and bool((self.sample_weights < 0).any()):
+            bad = int((self.sample_weights < 0).nonzero()[0])
+            raise ValueError(f"sample_weights: wanted >= 0, got {float(self.sample_weights[bad])} for sequence {bad}")
         if self.rollout_log_probs is not None:
-            wrong = (self.loss_mask & ~(self.rollout_log_probs <= 0)).nonzero().flatten().tolist()
-            if wrong:
-                raise ValueError(
-                    "rollout_log_probs: wanted log-probs <= 0 on the rows that count, "
-                    f"got {float(self.rollout_log_probs[wrong[0]])} at row {wrong[0]}"
-                )
+            check_log_probs(self.rollout_log_probs, self.loss_mask, self.sample_ids, self.cu_seqlens)
         check_topk_shapes(self.rollout_topk_ids, self.rollout_topk_log_probs, self.num_tokens)
         if self.rollout_topk_ids is not None:
             rows = self.loss_mask.nonzero().flatten()
@@ -176,15 +177,11 @@ class RolloutBatch:
     def to(self, device: torch.device | str) -> RolloutBatch:
         """The same batch on another device."""
 
-        def move(value: object) -> object:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        return RolloutBatch(**{f.name: moved(getattr(self, f.name), device) for f in dataclasses.fields(self)})
 
-        changes = {field.name: move(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        if self.teacher_weights is not None:
-            changes["teacher_weights"] = {name: move(weights) for name, weights in self.teacher_weights.items()}
-        if self.teacher_prompts is not None:
-            changes["teacher_prompts"] = [move(prompt) for prompt in self.teacher_prompts]
-        return RolloutBatch(**changes)
+    def digests(self) -> dict[str, int]:
+        """A number of each field's content, by name: what two processes compare that must hold the same batch."""
+        return {field.name: digest(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     def select(self, sequences: Sequence[int]) -> RolloutBatch:
         """The given sequences, in the given order, packed anew."""
@@ -197,36 +194,13 @@ class RolloutBatch:
         spans = [torch.arange(bounds[s], bounds[s + 1], device=device) for s in sequences]
         rows = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64, device=device)
         lengths = torch.tensor([0, *(bounds[s + 1] - bounds[s] for s in sequences)], device=device)
-
-        def by_sequence(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[chosen]
-
-        def by_row(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[rows]
-
-        weights = None
-        if self.teacher_weights is not None:
-            weights = {
-                # A batch whose sequences all have one token reads either way; both give the same rows.
-                name: values[rows] if values.shape[0] == self.num_tokens else values[chosen]
-                for name, values in self.teacher_weights.items()
-            }
         return RolloutBatch(
-            tokens=self.tokens[rows],
-            cu_seqlens=lengths.cumsum(0).to(torch.int32),
-            loss_mask=self.loss_mask[rows],
-            sample_ids=self.sample_ids[chosen],
-            rollout_ids=self.rollout_ids[chosen],
-            teacher_names=[self.teacher_names[s] for s in sequences],
-            rewards=by_sequence(self.rewards),
-            rollout_log_probs=by_row(self.rollout_log_probs),
-            rollout_topk_ids=by_row(self.rollout_topk_ids),
-            rollout_topk_log_probs=by_row(self.rollout_topk_log_probs),
-            teacher_weights=weights,
-            teacher_prompts=None if self.teacher_prompts is None else [self.teacher_prompts[s] for s in sequences],
-            sample_weights=by_sequence(self.sample_weights),
-            advantages=by_sequence(self.advantages),
-            task_names=None if self.task_names is None else [self.task_names[s] for s in sequences],
+            **{
+                field.name: lengths.cumsum(0).to(torch.int32)
+                if field.metadata["axis"] == BOUNDS
+                else entries(field, getattr(self, field.name), rows, chosen, self.num_tokens)
+                for field in dataclasses.fields(self)
+            }
         )
 
     def micro_batches(self, max_tokens: int | None = None, max_seqs: int | None = None) -> list[RolloutBatch]:
@@ -346,7 +320,7 @@ def pack_rollouts(
         if len(prompt) == 0:
             raise ValueError(f"prompts[{sequence}]: wanted at least one token, got none")
         own_mask = [True] * len(response) if response_masks is None else [bool(m) for m in response_masks[sequence]]
-        own_log_probs = [0.0] * len(response) if response_log_probs is None else list(response_log_probs[sequence])
+        own_log_probs = [0.0] * len(response) if response_log_probs is None else response_log_probs[sequence]
         own_tops = response if response_top_logprobs is None else response_top_logprobs[sequence]
         for name, values in (
             ("response_masks", own_mask),
@@ -360,7 +334,11 @@ def pack_rollouts(
         tokens += [*prompt, *response]
         # Response token j is predicted by row len(prompt) - 1 + j; the sequence's last row predicts nothing.
         mask += [False] * (len(prompt) - 1) + own_mask + [False]
-        log_probs += [0.0] * (len(prompt) - 1) + own_log_probs + [0.0]
+        given = [
+            given_log_prob(value, counts, ids[sequence], place)
+            for place, (value, counts) in enumerate(zip(own_log_probs, own_mask))
+        ]
+        log_probs += [0.0] * (len(prompt) - 1) + given + [0.0]
         lengths.append(len(prompt) + len(response))
     topk: tuple[Tensor | None, Tensor | None] = (None, None)
     if response_top_logprobs is not None:
@@ -386,21 +364,3 @@ def pack_rollouts(
     )
     batch.validate()
     return batch
-
-
-def _check_vector(name: str, value: Tensor, dtype: torch.dtype, size: int | None = None, unit: str = "") -> None:
-    if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype != dtype:
-        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name}: wanted a one-dimensional {dtype} tensor, got {got}")
-    if size is not None and value.shape[0] != size:
-        raise ValueError(f"{name}: wanted {unit}={size} entries, got {value.shape[0]}")
-
-
-def _check_float(name: str, value: Tensor | None, size: int, unit: str) -> None:
-    if value is None:
-        return
-    if not isinstance(value, Tensor) or value.dim() != 1 or not value.is_floating_point():
-        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name}: wanted a one-dimensional floating-point tensor, got {got}")
-    if value.shape[0] != size:
-        raise ValueError(f"{name}: wanted {unit}={size} entries, got {value.shape[0]}")

@@ -12,10 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from opd_engine.distillation.engine_numbers import ROUNDING, is_none
+
 TopLogProbs = Sequence[Sequence[Sequence] | None]
 """Of one sequence: per response token (log-prob, token id, ...) likeliest first, or None."""
 
 _MASS_ERROR = 0.02
+_SAME = 1e-3
+"""How far the two log-probs of an id that an engine gives twice may lie apart."""
 
 
 def pack_top_logprobs(answers: Sequence[TopLogProbs], first_rows: Sequence[int], num_tokens: int) -> tuple[Tensor, ...]:
@@ -23,21 +27,33 @@ def pack_top_logprobs(answers: Sequence[TopLogProbs], first_rows: Sequence[int],
 
     first_rows: per sequence the packed row that predicts its first response token
 
-    Raises: ValueError naming the sequence and the token whose entries are not (log-prob, id).
+    Entries without a log-prob (None, NaN, the lowest float) are absent, and an id given twice counts once.
+
+    Raises: ValueError naming the sequence and the token whose entries are not (log-prob, id), or are two for one id.
     """
     rows, columns, ids, log_probs = [], [], [], []
     for sequence, answer in enumerate(answers):
         for place, entries in enumerate(answer):
-            for column, entry in enumerate(entries or ()):
-                where = f"response_top_logprobs[{sequence}][{place}]"
+            where, column, seen = f"response_top_logprobs[{sequence}][{place}]", 0, {}
+            for entry in entries or ():
                 if len(entry) < 2 or isinstance(entry[1], bool) or not isinstance(entry[1], int):
                     raise ValueError(f"{where}: wanted (log-prob, token id), got {entry!r}")
-                if not isinstance(entry[0], (int, float)):
+                if entry[0] is not None and not isinstance(entry[0], (int, float)):
                     raise ValueError(f"{where}: wanted a number for the log-prob, got {entry!r}")
+                if is_none(entry[0]):
+                    continue
+                if entry[1] in seen:  # engines put the sampled token in front of its own place among the likeliest
+                    if abs(seen[entry[1]] - entry[0]) > _SAME:
+                        raise ValueError(
+                            f"{where}: token {entry[1]} has two log-probs, {seen[entry[1]]} and {entry[0]}"
+                        )
+                    continue
+                seen[entry[1]] = entry[0]
                 rows.append(first_rows[sequence] + place)
                 columns.append(column)
-                log_probs.append(float(entry[0]))
+                log_probs.append(min(float(entry[0]), 0.0) if entry[0] <= ROUNDING else float(entry[0]))
                 ids.append(entry[1])
+                column += 1
     width = max(columns, default=0) + 1
     packed = torch.full((num_tokens, width), -1, dtype=torch.int64)
     packed_log_probs = torch.full((num_tokens, width), -torch.inf)

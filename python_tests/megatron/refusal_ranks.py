@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -13,6 +15,7 @@ from megatron.dense import Loss
 from megatron.gradient_ranks import Job, start
 from megatron.layouts import LAYOUTS
 from megatron.samples import ROUTED, as_batch
+from opd_engine.distillation import RolloutBatch
 
 OPTIONS = {
     "virtual_pipeline_model_parallel_size": 2,
@@ -44,6 +47,10 @@ def everything(layout: str) -> dict[str, object]:
         "bf16": in_bf16(job),
         "after the head": refused_after_the_head(job),
     }
+
+
+def at_a_step(layout: str) -> dict[str, object]:
+    return {"step": refused_at_a_step(start(LAYOUTS[layout]))}
 
 
 def refused_options(job: Job) -> dict[str, str]:
@@ -93,6 +100,38 @@ def refused_at_launch(job: Job) -> dict[str, str]:
     return found
 
 
+def whole_batch(batch: RolloutBatch) -> RolloutBatch:
+    """The batch with every field that there is."""
+    rows, seqs = batch.num_tokens, batch.num_seqs
+    return dataclasses.replace(
+        batch,
+        rewards=torch.ones(seqs),
+        rollout_log_probs=torch.full((rows,), -1.0),
+        rollout_topk_ids=torch.arange(2 * rows).view(rows, 2),
+        rollout_topk_log_probs=torch.full((rows, 2), -1.0),
+        teacher_weights={"first": torch.ones(seqs)},
+        teacher_prompts=[torch.tensor([1, 2])] * seqs,
+        sample_weights=torch.ones(seqs),
+        advantages=torch.ones(seqs),
+        task_names=["a"] * seqs,
+    )
+
+
+def changed(batch: RolloutBatch, field: dataclasses.Field) -> RolloutBatch:
+    """Another value in one place of one field, of the same shape and dtype."""
+    other, value = copy.copy(batch), copy.deepcopy(getattr(batch, field.name))
+    if isinstance(value, torch.Tensor):
+        value.view(-1)[-1] = ~value.view(-1)[-1] if value.dtype == torch.bool else value.view(-1)[-1] + 1
+    elif isinstance(value, dict):
+        next(iter(value.values()))[-1] += 1
+    elif isinstance(value[-1], torch.Tensor):
+        value[-1] = value[-1] + 1
+    else:
+        value[-1] = "other"
+    setattr(other, field.name, value)  # not through the constructor: a wrong length would be refused there
+    return other
+
+
 def refused_at_a_step(job: Job) -> dict[str, str]:
     actor = job.actor(ROUTED)
     batch = job.share(job.samples)
@@ -102,6 +141,16 @@ def refused_at_a_step(job: Job) -> dict[str, str]:
     rank = torch.distributed.get_rank()
     other = as_batch(job.samples[rank : rank + 3])
     found["other batch"] = message(lambda: actor.score_rollouts(other, job.teachers))
+    last = rank == torch.distributed.get_world_size() - 1
+    full = whole_batch(batch)
+    found["fields"] = {}
+    for field in dataclasses.fields(full):
+        own = changed(full, field) if last else full
+        found["fields"][field.name] = message(functools.partial(actor._check_same, own))
+    found["the same"] = message(lambda: actor._check_same(full))
+    actor.config, before = dataclasses.replace(actor.config, coefficient=2.0 if last else 1.0), actor.config
+    found["options"] = message(lambda: actor._check_same(batch))
+    actor.config = before
 
     def guard():
         raise ValueError("the active weights are not the student's")

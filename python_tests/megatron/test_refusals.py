@@ -1,11 +1,13 @@
 """What Megatron's home does not take is refused by name, on every rank; scoring leaves no trace in the models."""
 
+import dataclasses
 import functools
 import importlib.util
 
 import pytest
 
 from megatron.layouts import LAYOUTS
+from opd_engine.distillation import RolloutBatch
 from ranks import run_ranks
 
 missing = importlib.util.find_spec("megatron.core") is None
@@ -23,6 +25,11 @@ def found(layout: str) -> list[dict]:
         return run_ranks("megatron.refusal_ranks", "everything", LAYOUTS[layout].ranks, timeout=240, layout=layout)
     except Exception as problem:
         return [{"failed": str(problem)}]
+
+
+@functools.cache
+def found_at_a_step(layout: str) -> list[dict]:
+    return run_ranks("megatron.refusal_ranks", "at_a_step", LAYOUTS[layout].ranks, timeout=240, layout=layout)
 
 
 @pytest.fixture(params=HERE)
@@ -71,10 +78,19 @@ def test_a_step_is_refused_on_every_rank_alike(ranks):
             assert rank["step"][name] == "the active weights are not the student's"
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2"])
-def test_ranks_with_different_batches_are_refused(layout):
-    for rank in found(layout):
-        assert f"batch: wanted the same on every {layout[:2]} rank" in rank["step"]["other batch"]
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "cp2 zigzag"])
+def test_ranks_of_one_share_that_differ_in_any_field_or_option_are_refused(layout):
+    """A field that is added to the batch is walked here by itself."""
+    ranks = found(layout) if layout in HERE else found_at_a_step(layout)
+    assert "failed" not in ranks[0], ranks[0]["failed"]
+    wanted = f"wanted the same on every {layout[:2]} rank"
+    for rank in ranks:
+        assert wanted in rank["step"]["other batch"]
+        assert list(rank["step"]["fields"]) == [field.name for field in dataclasses.fields(RolloutBatch)]
+        for name, text in rank["step"]["fields"].items():
+            assert text.startswith(f"{name}: {wanted}"), (name, text)
+        assert rank["step"]["the same"] == "nothing was refused"
+        assert rank["step"]["options"].startswith(f"config.coefficient: {wanted}")
 
 
 def test_scoring_leaves_modes_and_gradients_alone(ranks):
