@@ -58,6 +58,33 @@ def test_a_ratio_that_is_cut_off_gives_exact_zeros_however_far_it_is(gap, advant
     assert bool(state_weights(written, student, 2.0).isfinite().all())
 
 
+@pytest.mark.parametrize("advantage", [0.0, -1.0])
+def test_a_ratio_that_nothing_cuts_off_stays_a_number(advantage):
+    """Of an engine's -800; a ratio of e^30 is still its own."""
+    student = torch.tensor([0.0, -1.0, -2.0, -1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    losses, clipped = policy_losses(batch(-800.0, advantage=advantage), student, OPDConfig(policy_coefficient=1.0))
+    losses.sum().backward()
+    assert not clipped.any() and bool(losses.isfinite().all())
+    assert student.grad.tolist() == [0.0, -advantage, 0.0, -advantage, 0.0]
+    losses, _ = policy_losses(batch(-32.0, advantage=advantage), student, OPDConfig(policy_coefficient=1.0))
+    assert losses[2].item() == pytest.approx(-advantage * math.exp(30.0))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rewards": [1.0, None]}, r"rewards\[1\]: wanted a number, got None"),
+        ({"advantages": [None, 1.0]}, r"advantages\[0\]: wanted a number, got None"),
+        ({"responses": [[3], [4, None]]}, r"responses\[1\]\[1\]: wanted a token id, got None"),
+        ({"responses": [[3], [4, 2.0]]}, r"responses\[1\]\[1\]: wanted a token id, got 2.0"),
+        ({"responses": [[3], [4, -100]]}, r"tokens: wanted ids >= 0, got -100 in sample 1, position 2"),
+    ],
+)
+def test_nothing_in_the_place_of_a_number_is_refused_by_its_place(fields, message):
+    with pytest.raises(ValueError, match=message):
+        pack_rollouts([[1], [2]], **{"responses": [[3], [4, 5]], **fields})
+
+
 @pytest.mark.parametrize("none", NONES)
 def test_an_entry_without_a_log_prob_is_absent(none):
     given = pack_rollouts([[1]], [[2, 3]], response_top_logprobs=[[[(none, 9), (-0.5, 2)], None]])

@@ -7,6 +7,7 @@ Where a token does not count any of these is harmless; where it counts there is 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ LOWEST = -1e30
 
 ROUNDING = 1e-3
 """How far above 0 a log-prob may lie for its rounding: half precision's at a probability of 1."""
+
+MAX_LOG_RATIO = 40.0
+"""Of the student's probability of a token over the engine's, where nothing else cuts it off: its square is a float32."""
 
 
 def given_log_prob(value: float | None, counts: bool, sample: int, place: int) -> float:
@@ -50,3 +54,18 @@ def check_log_probs(log_probs: Tensor, mask: Tensor, samples: Tensor, cu_seqlens
             "rollout_log_probs: wanted log-probs <= 0, and finite, on the rows that count, got "
             f"{float(log_probs[row])} at {where}"
         )
+
+
+def check_ids(where: str, ids: Sequence[int]) -> None:
+    """Raises: ValueError with the position of what is no token id."""
+    for place, token in enumerate(ids):
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise ValueError(f"{where}[{place}]: wanted a token id, got {token!r}")
+
+
+def numbers(name: str, values: Sequence[float]) -> Tensor:
+    """[len(values)] float64. Raises: ValueError with the sequence whose value is no number."""
+    for sequence, value in enumerate(values):
+        if value is None or isinstance(value, str):
+            raise ValueError(f"{name}[{sequence}]: wanted a number, got {value!r}")
+    return torch.tensor(list(values), dtype=torch.float64)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opd_engine.distillation.config import OPDConfig
+from opd_engine.distillation.engine_numbers import MAX_LOG_RATIO
 from opd_engine.distillation.rollout import RolloutBatch
 
 
@@ -22,7 +23,8 @@ def policy_losses(batch: RolloutBatch, student_log_probs: Tensor, config: OPDCon
 
     Returns: losses [num_tokens] float64 and which rows are cut off [num_tokens] bool; 0 and False on other rows.
     Raises: ValueError where the batch lacks one of the two.
-    Grad: for student_log_probs; none on the rows that are cut off.
+    Grad: for student_log_probs; exactly 0 on the rows that are cut off, on those of advantage 0, and where the ratio is
+        beyond e^40, which no two models of one text are apart and whose square is no float32.
     """
     for name in ("advantages", "rollout_log_probs"):
         if getattr(batch, name) is None:
@@ -31,7 +33,8 @@ def policy_losses(batch: RolloutBatch, student_log_probs: Tensor, config: OPDCon
     mask = batch.loss_mask.to(device)
     advantages = batch.advantages.to(device).double()[batch.row_sequence().to(device)]
     rollout = batch.rollout_log_probs.to(device).double()
-    log_ratio = torch.where(mask, student_log_probs.double() - rollout, 0.0)
+    counted = mask & (advantages != 0)
+    log_ratio = torch.where(counted, student_log_probs.double() - rollout, 0.0).clamp(max=MAX_LOG_RATIO)
     with torch.no_grad():
         above, below = log_ratio > math.log1p(config.clip_high), log_ratio < _log(1.0 - config.clip_low)
         clipped = mask & ((above & (advantages > 0)) | (below & (advantages < 0)))

@@ -25,7 +25,7 @@ from opd_engine.distillation.batch_fields import (
     require_declared,
 )
 from opd_engine.distillation.batch_fields import chosen as entries
-from opd_engine.distillation.engine_numbers import check_log_probs, given_log_prob
+from opd_engine.distillation.engine_numbers import check_ids, check_log_probs, given_log_prob, numbers
 from opd_engine.distillation.rollout_topk import TopLogProbs, check_topk, check_topk_shapes, pack_top_logprobs
 
 TeacherNames = str | tuple[str, ...]
@@ -119,7 +119,12 @@ class RolloutBatch:
                 "predicts no token of that sequence; row i predicts token i + 1"
             )
         if self.num_tokens and int(self.tokens.min()) < 0:
-            raise ValueError(f"tokens: wanted ids >= 0, got {int(self.tokens.min())}")
+            row = int((self.tokens < 0).nonzero()[0])
+            sequence = int(self.row_sequence()[row])
+            raise ValueError(
+                f"tokens: wanted ids >= 0, got {int(self.tokens[row])} in sample {int(self.sample_ids[sequence])}, "
+                f"position {row - bounds[sequence]}"
+            )
         unique, counts = self.sample_ids.unique(return_counts=True)
         if unique.numel() != self.num_seqs:
             raise ValueError(f"sample_ids: wanted unique ids, {int(unique[counts > 1][0])} occurs more than once")
@@ -331,6 +336,8 @@ def pack_rollouts(
                 raise ValueError(
                     f"{name}[{sequence}]: wanted {len(response)} entries, one a response token, got {len(values)}"
                 )
+        check_ids(f"prompts[{sequence}]", prompt)
+        check_ids(f"responses[{sequence}]", response)
         tokens += [*prompt, *response]
         # Response token j is predicted by row len(prompt) - 1 + j; the sequence's last row predicts nothing.
         mask += [False] * (len(prompt) - 1) + own_mask + [False]
@@ -352,8 +359,8 @@ def pack_rollouts(
         sample_ids=torch.tensor(ids, dtype=torch.int64),
         rollout_ids=torch.tensor(ids if rollout_ids is None else list(rollout_ids), dtype=torch.int64),
         teacher_names=[""] * count if teacher_names is None else list(teacher_names),
-        rewards=None if rewards is None else torch.tensor(list(rewards), dtype=torch.float64),
-        advantages=None if advantages is None else torch.tensor(list(advantages), dtype=torch.float64),
+        rewards=None if rewards is None else numbers("rewards", rewards),
+        advantages=None if advantages is None else numbers("advantages", advantages),
         task_names=None if task_names is None else list(task_names),
         rollout_log_probs=None if response_log_probs is None else torch.tensor(log_probs, dtype=torch.float32),
         rollout_topk_ids=topk[0],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from opd_engine.distillation.config import OPDConfig
+from opd_engine.distillation.engine_numbers import MAX_LOG_RATIO
 from opd_engine.distillation.members import one_teacher
 from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.functional.losses import distill_loss
@@ -95,5 +96,5 @@ def advantage_losses(
         teacher = teacher.clamp(min=config.teacher_log_prob_min)
     counts = student.indices[:, 0] != -1
     advantage = (teacher - rollout).where(counts, 0.0)
-    ratio = (student.target_log_prob.double() - rollout).exp()
+    ratio = (student.target_log_prob.double() - rollout).clamp(max=MAX_LOG_RATIO).exp()
     return -advantage * ratio, [-advantage]
