@@ -59,6 +59,8 @@ def gradients(folder: str) -> dict:
                 found[f"{name}, {way}{again}"] = [abs(metrics["loss"] / loss - 1), distance(got, truth)]
             if (way, tied) == ("sharded", False):
                 found |= planted(actor, got, truth, pool, batch, mesh)
+    found["LoRA"] = lora(mesh, teachers, pool, batch)
+    found["tensor-parallel head"] = tensor_parallel(teachers, pool, batch)
     found["general head"] = general_head(mesh, teachers, pool, batch)
     found["sharded teachers"] = sharded_teachers(mesh, teachers, batch)
     return found
@@ -86,6 +88,37 @@ def planted(actor, right, truth, pool, batch, mesh) -> dict:
     actor.accumulate(share(shifted, mesh), scored)
     found["planted: row off by one"] = distance(actor.gradients(), truth)
     return found
+
+
+def lora(mesh, teachers, pool, batch) -> list:
+    """Frozen base and adapters in one group; the base alone as a teacher beside."""
+    from fsdp_actor.test_lora import student
+
+    loss, truth = reference(student().get_base_model(), teachers, batch, OPDConfig(**CONFIG))
+    worst = []
+    for dtype in (None, torch.bfloat16):
+        actor = make_actor(student(), mesh=mesh, dtype=dtype)
+        scored = actor.score_rollouts(share(batch, mesh), pool)
+        metrics = actor.accumulate(share(batch, mesh), scored).means()
+        worst += [abs(metrics["loss"] / loss - 1), distance(actor.gradients(), truth)] if dtype is None else []
+        actor.base_teacher().score(share(batch, mesh), scored.support(share(batch, mesh)))
+    return worst
+
+
+def tensor_parallel(teachers, pool, batch) -> list:
+    """All ranks split the head, or two of four with the others sharded over."""
+    world, worst = torch.distributed.get_world_size(), []
+    dp_mesh, tp_mesh = meshes(2)
+    for tied in (False, True):
+        loss, truth = reference(make_model(tied=tied), teachers, batch, OPDConfig(**CONFIG))
+        for options in ({}, {"workspace_bytes": FEW_ROWS}):
+            for mesh in (None, dp_mesh) if world == 2 else (dp_mesh,):
+                actor = make_actor(make_model(tied=tied), mesh=mesh, tp_mesh=tp_mesh, **options)
+                part = batch if mesh is None else share(batch, mesh)
+                scored = actor.score_rollouts(part, pool)
+                metrics = actor.accumulate(part, scored).means()
+                worst += [abs(metrics["loss"] / loss - 1), distance(actor.gradients(), truth)]
+    return worst
 
 
 def general_head(mesh, teachers, pool, batch) -> list:

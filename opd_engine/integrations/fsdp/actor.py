@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from opd_engine.distillation.micro_loss import RowsHere, micro_loss
 from opd_engine.distillation.reductions import Denominators
 from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.distillation.step import ScoredRollouts, row_divergences, score_rollouts
+from opd_engine.integrations.fsdp.adapters import adapted_model, base_content, check_targets
 from opd_engine.integrations.fsdp.checkpoint import load_checkpoint, save_checkpoint
 from opd_engine.integrations.fsdp.forward import AtHead, CausalForward
 from opd_engine.integrations.fsdp.precision import LossScale, MasterWeights
@@ -39,6 +40,7 @@ from opd_engine.teachers.pool import TeacherPool
 from opd_engine.teachers.weight_store import WeightStore
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from opd_engine.parallel.meshes import DeviceMesh
@@ -50,6 +52,7 @@ CAPABILITIES = Capabilities(
     recompute=("none", "full"),
     teacher_weights=("auto", "staged", "resident"),
     chunked_head=True,
+    lora=True,
     offload=True,
     why={
         "axes": 'it splits neither layers nor sequences; run.backend = "megatron" does',
@@ -62,7 +65,8 @@ CAPABILITIES = Capabilities(
 class FSDPActor:
     """Implements Actor for a transformers causal LM.
 
-    model: on its device. In half precision, or with a half `dtype`, it computes so and learns in float32
+    model: on its device; in half precision, or with a half `dtype`, it computes so and learns in float32. A PeftModel's
+        adapter alone trains and is saved
     optimizer: over all parameters to train, before its first step; it is handed what stands for them
     config: of the loss
     mesh: one dimension, the data-parallel ranks; the model is sharded over them, here unless it is. None: one process
@@ -101,6 +105,10 @@ class FSDPActor:
         clip: float = 0.0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        self.adapted = adapted_model(model)
+        if self.adapted is not None:
+            check_targets(model.get_base_model(), *_targets_of(self.adapted))
+            model = model.get_base_model()
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         config.validate(vocab_size=self.vocab_size)
         _check_optimizer(model, optimizer)
@@ -119,6 +127,7 @@ class FSDPActor:
         if recompute == "full":
             _compute_again(model)
         computes = model.dtype if dtype is None else dtype
+        self.base = None if self.adapted is None else base_content(model)
         if mesh is None:
             self.masters = MasterWeights(model, optimizer, computes)
         else:
@@ -136,6 +145,21 @@ class FSDPActor:
             self.forward, max_tokens=config.score_batch_tokens, group=self.group, token_map=self._token_map
         )
         self.weights = WeightStore(model, trainable="student")
+
+    def base_teacher(self) -> ModelScorer:
+        """The student without its adapter, as a teacher: no second copy of the weights.
+
+        Raises: ValueError where the student has no adapter.
+        """
+        if self.adapted is None:
+            raise ValueError("base_teacher: wanted a student with an adapter (a PeftModel), got one without")
+        return ModelScorer(
+            self.forward,
+            max_tokens=self.config.score_batch_tokens,
+            group=self.group,
+            token_map=self._token_map,
+            scoring=self.adapted.disable_adapter,
+        )
 
     def token_to_id(self) -> Mapping[str, int] | None:
         """The tokenizer's map; None without a tokenizer."""
@@ -253,6 +277,11 @@ class FSDPActor:
         Raises: ValueError for a folder that is not whole, or of another model. Mutates: all that a step does.
         """
         load_checkpoint(self, Path(folder))
+
+
+def _targets_of(adapted: PeftModel) -> tuple[Any, str]:
+    targets = adapted.peft_config[adapted.active_adapter].target_modules
+    return (targets if isinstance(targets, str) else sorted(targets or ())), "model: target_modules"
 
 
 def _no_loss(at_head: AtHead, exchange: RowsHere) -> Tensor:

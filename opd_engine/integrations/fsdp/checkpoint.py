@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from opd_engine.integrations.fsdp.adapters import BASE
 from opd_engine.parallel.collectives import all_gather_json, group_rank, group_size
 from opd_engine.parallel.sharded_files import PendingFiles, read_files, shapes_in
 from opd_engine.parallel.tensors import local_tensor, whole_tensor
@@ -40,12 +41,17 @@ def save_checkpoint(actor: FSDPActor, folder: Path) -> PendingFiles:
             "skipped_steps": actor.skipped_steps,
             "loss_scale": [actor.scale.value, actor.scale.good_steps],
             "publications": actor.weights.publications,
+            "base": actor.base,
             "ranks": [group_size(actor.group), group_size(actor.tp_group)],
         }
 
     def product() -> None:
         if first:
-            actor.model.save_pretrained(folder, state_dict=whole)
+            if actor.adapted is None:
+                actor.model.save_pretrained(folder, state_dict=whole)
+            else:
+                actor.adapted.save_pretrained(str(folder), state_dict=whole)
+                (folder / BASE).write_text(json.dumps({"content": actor.base}), encoding="utf-8")
             if actor.tokenizer is not None:
                 actor.tokenizer.save_pretrained(folder)
             (folder / VALUES).write_text(json.dumps(values), encoding="utf-8")
@@ -60,6 +66,11 @@ def load_checkpoint(actor: FSDPActor, folder: Path) -> None:
     if not (folder / VALUES).is_file() or not (folder / STATE / ".metadata").is_file():
         raise ValueError(f"folder: wanted a checkpoint with {VALUES} and {STATE}, got {str(folder)!r} without one")
     values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+    if values["base"] != actor.base:
+        raise ValueError(
+            f"folder: {str(folder)!r} is of an adapter on another base: wanted content {actor.base}, "
+            f"got {values['base']}"
+        )
     held = shapes_in(folder / STATE)
     _check_same_model(actor, held, folder)
     _prepare_moments(actor, held)
@@ -161,8 +172,15 @@ def _check_replicas(actor: FSDPActor) -> None:
 
 
 def _whole_weights(actor: FSDPActor, *, keep: bool) -> dict[str, Tensor]:
-    """The model's state on the host of the rank that keeps it, tensor by tensor. Communicates: gathers, if sharded."""
+    """The model's state, or its adapter's, on the host of the rank that keeps it. Communicates: gathers, if sharded."""
     trained, seen, found = actor.trained, {}, {}
+    if actor.adapted is not None:
+        ours = {id(parameter): name for name, parameter in actor.model.named_parameters()}
+        for name, tensor in actor.adapted.named_parameters():
+            if ours[id(tensor)] in trained:
+                whole = whole_tensor(trained[ours[id(tensor)]].detach())
+                found[name] = whole.to("cpu", copy=True) if keep else None
+        return found
     names = {id(parameter): name for name, parameter in actor.model.named_parameters()}
     for name, tensor in actor.model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:

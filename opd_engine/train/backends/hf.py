@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from opd_engine.integrations.fsdp.actor import CAPABILITIES, FSDPActor
+from opd_engine.integrations.fsdp.adapters import base_of, is_adapter, load_adapter, merged
 from opd_engine.integrations.fsdp.precision import HALF
 from opd_engine.integrations.hf.backend import HFBackend, even_shard, make_backend
 from opd_engine.integrations.hf.engine import InlineEngine
@@ -97,10 +98,13 @@ def _model(config: TrainConfig, world: World, path: Path, argument: str, dtype: 
 
 
 def _teacher(config: TrainConfig, world: World, name: str, path: Path, actor: FSDPActor) -> LocalTeacher:
-    """A module of its own, in eval mode for good; staged, on the host between its turns."""
+    """A module of its own, in eval mode for good; staged, on the host between its turns. An adapter's, merged."""
     argument = f"teachers.{name}"
-    module = _model(config, world, path, argument, torch_dtype(config.run.dtype))
-    tokenizer = load_tokenizer(path, trust_remote_code=config.student.trust_remote_code, argument=argument)
+    base = base_of(path, argument) if is_adapter(path) else path
+    module = _model(config, world, base, argument, torch_dtype(config.run.dtype))
+    if base != path:
+        module = merged(load_adapter(module, path, trains=False, argument=argument))
+    tokenizer = load_tokenizer(base, trust_remote_code=config.student.trust_remote_code, argument=argument)
     group = actor.tp_group
     vocab_size = module.config.get_text_config().vocab_size
     shard = even_shard(vocab_size, group, group_size(group), group_rank(group))
