@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+import opd_engine
 from opd_engine._version import __version__
+from opd_engine.last_line import say_error
+from opd_engine.packages import require_for_command
 
 _SHORTHANDS = (
     ("--student", "student.path", "DIR", "folder of the student"),
@@ -79,10 +83,28 @@ def _run_train(options: argparse.Namespace, unknown: Sequence[str]) -> int:
     from opd_engine.train.loop import run
     from opd_engine.train.summary import describe
 
-    summary = run(config)
+    try:
+        summary = run(config)
+    except KeyboardInterrupt:
+        say_error(f"opd-engine: interrupted{_how_to_continue(config.run.output_dir)}")
+        return 130
     if summary:
         print(describe(summary, config.run.output_dir))
     return 0
+
+
+def _how_to_continue(folder: str) -> str:
+    from opd_engine.train.checkpoint import list_checkpoints
+    from opd_engine.train.run_folder import CHECKPOINTS, CONFIG_FILE
+
+    saved = list_checkpoints(Path(folder) / CHECKPOINTS)
+    if saved:
+        return (
+            f"; the same command with --resume continues after step {saved[-1][0]}, its newest checkpoint in {folder}"
+        )
+    if (Path(folder) / CONFIG_FILE).is_file():
+        return "; no checkpoint was written yet, the same command begins anew"
+    return " before anything began"
 
 
 def _run_check(arguments: Sequence[str]) -> int:
@@ -128,7 +150,24 @@ _OWN_PARSERS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0 done, 1 failed, 2 wrong usage or settings."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(arguments)
+    except ValueError as error:
+        say_error(f"opd-engine: error: {error}")
+        return 2
+    except (RuntimeError, OSError, ImportError) as error:
+        say_error(f"opd-engine: error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say_error("opd-engine: interrupted")
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
     if arguments and arguments[0] in _OWN_PARSERS:
+        if not {"-h", "--help"} & set(arguments):
+            require_for_command(arguments[0])
+            opd_engine._load()
         return _OWN_PARSERS[arguments[0]][0](arguments[1:])
     parser = argparse.ArgumentParser(
         prog="opd-engine", description="On-policy distillation losses, exact under tensor parallelism."
@@ -136,21 +175,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"opd_engine {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     # Only the subcommand that is called pays for its settings.
-    if not arguments or arguments[0] in ("train", "-h", "--help"):
+    if arguments and arguments[0] == "train":
         _train_parser(commands)
     else:
         commands.add_parser("train", help="distil teachers into a student on its own rollouts")
     for name, (_, text) in _OWN_PARSERS.items():
         commands.add_parser(name, help=text)
     options, unknown = parser.parse_known_args(arguments)
-    try:
-        return options.run(options, unknown)
-    except ValueError as error:
-        print(f"opd-engine: error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:
-        print(f"opd-engine: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("opd-engine: interrupted", file=sys.stderr)
-        return 130
+    return options.run(options, unknown)

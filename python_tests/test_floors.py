@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "_version": 0,
     "_C": 0,
+    "choices": 0,
     "ops": 1,
     "parallel": 2,
     "functional": 3,
@@ -28,6 +29,8 @@ FLOORS = {
     "check": 7,
     "convert": 7,
     "env": 7,
+    "last_line": 7,
+    "packages": 7,
     "report": 7,
     "scaling": 7,
     "cli": 7,

@@ -8,9 +8,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-import torch
+from opd_engine.last_line import say_error
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,20 +67,21 @@ def run_command(argv: Sequence[str] | None) -> int:
     try:
         return _check(options) if options.check else _convert(options)
     except ValueError as error:
-        print(f"opd-engine convert: error: {error}", file=sys.stderr)
+        say_error(f"opd-engine convert: error: {error}")
         return 2
     except (RuntimeError, OSError) as error:
-        print(f"opd-engine convert: error: {error}", file=sys.stderr)
+        say_error(f"opd-engine convert: error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("opd-engine convert: interrupted, nothing is left behind", file=sys.stderr)
+        say_error("opd-engine convert: interrupted, nothing is left behind")
         return 130
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from opd_engine.integrations.hf.models import torch_dtype
     from opd_engine.integrations.megatron.convert import is_megatron, to_hugging_face, to_megatron
 
-    common = {"dtype": DTYPES.get(options.dtype), "overwrite": options.overwrite}
+    common = {"dtype": None if options.dtype is None else torch_dtype(options.dtype), "overwrite": options.overwrite}
     line = ProgressLine(shown=not options.quiet)
     started = time.monotonic()
     try:
@@ -110,6 +111,8 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    import torch
+
     from opd_engine.convert.logits import LIMIT, compare_logits
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

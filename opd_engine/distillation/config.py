@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
-
-from opd_engine.ops import DIVERGENCES, TAIL_MODES
+from opd_engine.choices import DIVERGENCES, TAIL_MODES
 
 SUPPORTS = ("student", "teacher", "union", "rollout")
 REDUCTIONS = ("token_mean", "sample_mean", "rollout_mean")
@@ -27,7 +26,7 @@ def _help(text: str) -> dict[str, str]:
 class OPDConfig:
     """Options of a distillation step; `validate()` refuses what cannot work, with the reason."""
 
-    divergence: str | Callable[..., Tensor] = field(
+    divergence: str | Callable[..., Any] = field(
         default="reverse_kl", metadata=_help(f"divergence between teacher and student: {', '.join(DIVERGENCES)}")
     )
     beta: float = field(

@@ -19,7 +19,7 @@ ROUNDING = 1e-3
 """How far above 0 a log-prob may lie for its rounding: half precision's at a probability of 1."""
 
 MAX_LOG_RATIO = 40.0
-"""Of the student's probability of a token over the engine's, where nothing else cuts it off: its square is a float32."""
+"""Of the student's probability of a token over the engine's, where nothing cuts it off: its square is a float32."""
 
 
 def given_log_prob(value: float | None, counts: bool, sample: int, place: int) -> float:

@@ -7,14 +7,13 @@ for float64 logits, else float32. `stats [T, 5]` holds `(m, s, w, m_tail, s_tail
 shard's top-k message: k values, 5 statistics, the target's logit if there is a target, k int32 global ids.
 """
 
+from opd_engine import _C  # noqa: F401  (the ops themselves)
+from opd_engine.choices import DIVERGENCES, TAIL_MODES
 from opd_engine.ops import autograd as _autograd  # noqa: F401  (registers)
 from opd_engine.ops import fakes as _fakes  # noqa: F401  (registers)
 from opd_engine.ops.build_info import build_info, take_topk_fallbacks
 from opd_engine.ops.debug import debug, debug_enabled
 from opd_engine.ops.layout import NUM_STATS, score_dtype
-
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
-TAIL_MODES = ("bucket", "truncate", "renormalize")
 
 __all__ = [
     "DIVERGENCES",

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import opd_engine
 from opd_engine.distillation.config import OPDConfig
-from opd_engine.train.backends import backend, check_capabilities
+from opd_engine.packages import EXTRAS, is_installed, require
 from opd_engine.train.settings import (
     ConfigError,
     Setting,
@@ -251,9 +251,10 @@ class TrainConfig:
                 )
         elif self.teachers:
             raise ConfigError(f'teachers: data.task = "{self.data.task}" makes its own, got {", ".join(self.teachers)}')
-        if self.run.wandb_project and importlib.util.find_spec("wandb") is None:
-            raise ConfigError(f"run.wandb_project: got {self.run.wandb_project!r}, and wandb is not installed")
-        check_capabilities(self, backend(self.run.backend).CAPABILITIES)
+        if self.run.wandb_project and not is_installed("wandb"):
+            raise ConfigError(
+                f"run.wandb_project: got {self.run.wandb_project!r}, and wandb is not installed; run: pip install wandb"
+            )
         if self.rollout.top_logprobs and self.opd.support != "rollout":
             raise ConfigError(
                 f'rollout.top_logprobs: wanted 0 for opd.support = "{self.opd.support}", got '
@@ -275,6 +276,19 @@ class TrainConfig:
             )
         if self.run.resume and self.run.overwrite:
             raise ConfigError("run.overwrite: wanted without run.resume: one continues a run, the other discards it")
+        self._require_packages()
+        opd_engine._load()
+        from opd_engine.train.backends import backend, check_capabilities
+
+        check_capabilities(self, backend(self.run.backend).CAPABILITIES)
+
+    def _require_packages(self) -> None:
+        require("train", EXTRAS["train"], "opd-engine train")
+        if self.run.backend == "megatron":
+            require("megatron", EXTRAS["megatron"], 'run.backend = "megatron"')
+        for key in ("data.prompts", "data.eval_prompts"):
+            if look_up(self, key).endswith(".parquet"):
+                require("train", ("pyarrow",), f"{key} = {show(look_up(self, key))}")
 
 
 def all_settings() -> list[Setting]:
