@@ -61,6 +61,7 @@ def gradients(folder: str) -> dict:
                 found |= planted(actor, got, truth, pool, batch, mesh)
     found["LoRA"] = lora(mesh, teachers, pool, batch)
     found["tensor-parallel head"] = tensor_parallel(teachers, pool, batch)
+    found["two phases"] = two_phases(mesh, teachers, batch)
     found["general head"] = general_head(mesh, teachers, pool, batch)
     found["sharded teachers"] = sharded_teachers(mesh, teachers, batch)
     return found
@@ -88,6 +89,27 @@ def planted(actor, right, truth, pool, batch, mesh) -> dict:
     actor.accumulate(share(shifted, mesh), scored)
     found["planted: row off by one"] = distance(actor.gradients(), truth)
     return found
+
+
+def two_phases(mesh, teachers, batch) -> list:
+    """Student and teachers sharded, never two of them here."""
+    loss, truth = reference(make_model(), teachers, batch, OPDConfig(**CONFIG))
+    actor = make_actor(make_model(), mesh=mesh, two_phase=True)
+    pool = TeacherPool({name: actor.teacher(make_model(seed=seed)) for name, seed in TEACHERS.items()})
+    models, alone = [actor.model, *(pool[name].module for name in pool)], []
+
+    def look(*_):
+        held = [sum(local_tensor(p.detach()).untyped_storage().nbytes() for p in shards[id(m)]) for m in models]
+        alone.append(sum(size > 0 for size in held) == 1)
+
+    # While a model runs its names lead to whole weights: what it holds between is what it was sharded into.
+    shards = {id(model): list(model.parameters()) for model in models}
+    for model in models:
+        model.model.register_forward_hook(look)
+    for _ in range(2):
+        scored = actor.score_rollouts(share(batch, mesh), pool)
+        metrics = actor.accumulate(share(batch, mesh), scored).means()
+    return [abs(metrics["loss"] / loss - 1), distance(actor.gradients(), truth), 0.0 if alone and all(alone) else 1.0]
 
 
 def lora(mesh, teachers, pool, batch) -> list:

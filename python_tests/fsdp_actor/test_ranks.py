@@ -35,7 +35,7 @@ def test_the_gradient_of_every_parameter_is_the_dense_float64_models(gradients, 
             assert loss <= BOUND and gradient <= BOUND
 
 
-@pytest.mark.parametrize("case", ["general head", "sharded teachers", "LoRA", "tensor-parallel head"])
+@pytest.mark.parametrize("case", ["general head", "sharded teachers", "LoRA", "tensor-parallel head", "two phases"])
 def test_the_gradient_holds_with_a(gradients, case):
     for rank in gradients:
         assert max(rank[case]) <= BOUND

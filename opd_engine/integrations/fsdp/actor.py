@@ -9,8 +9,10 @@ Gradients are sums: over micro-batches, and over the ranks of the mesh, which al
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ from opd_engine.parallel.sharded_files import FileWriter
 from opd_engine.parallel.sharded_modules import is_sharded, reduce_gradients
 from opd_engine.parallel.tensors import whole_tensor
 from opd_engine.teachers.pool import TeacherPool
+from opd_engine.teachers.turns import Turns
 from opd_engine.teachers.weight_store import WeightStore
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ CAPABILITIES = Capabilities(
     chunked_head=True,
     lora=True,
     offload=True,
+    two_phase=True,
     why={
         "axes": 'it splits neither layers nor sequences; run.backend = "megatron" does',
         "teacher_weights": "teachers are modules of their own",
@@ -73,6 +77,8 @@ class FSDPActor:
     tp_mesh: one dimension; its ranks hold the same weights and rollouts, and split the LM head and the loss
     dtype: in which it computes; None is the model's own
     offload: shards and optimizer states lie on the host
+    two_phase: while a teacher made by `teacher` scores, nothing of the student is on the device (in memory, where the
+        device is the host), and nothing of a teacher while the student is
     workspace_bytes: of logits at a time; None: those of a micro-batch's rows
     packed: True packs sequences without padding, False pads, None packs where the attention gains by it
     recompute: "full" computes each layer again in the backward, "none" keeps what it reads
@@ -97,6 +103,7 @@ class FSDPActor:
         tp_mesh: DeviceMesh | None = None,
         dtype: torch.dtype | None = None,
         offload: bool = False,
+        two_phase: bool = False,
         workspace_bytes: int | None = None,
         packed: bool | None = None,
         recompute: str = "none",
@@ -122,6 +129,7 @@ class FSDPActor:
             )
         self.model, self.optimizer, self.config = model, optimizer, config
         self.max_tokens, self.max_seqs, self.clip, self.tokenizer = max_tokens, max_seqs, clip, tokenizer
+        self.mesh = mesh
         self.group, self.tp_group = mesh_group(mesh), mesh_group(tp_mesh)
         self.device = next(model.parameters()).device if mesh is None or mesh.device_type == "cpu" else _current(mesh)
         if recompute == "full":
@@ -141,10 +149,41 @@ class FSDPActor:
         )
         self.writer = FileWriter(self.group, replicas=self.tp_group)
         self._token_map = None if tokenizer is None else token_to_id(tokenizer)
-        self.student = ModelScorer(
-            self.forward, max_tokens=config.score_batch_tokens, group=self.group, token_map=self._token_map
-        )
-        self.weights = WeightStore(model, trainable="student")
+        self.student = self._scorer(self.forward, self._token_map, scoring=self._own_turn)
+        self._weights = WeightStore(model, trainable="student")
+        self.turns = Turns() if two_phase else None
+        self._member = None if self.turns is None else self.turns.add(self._held, changes=True)
+
+    @property
+    def weights(self) -> WeightStore:
+        """The one way to the live weights, which are brought where they are away."""
+        self._come()
+        return self._weights
+
+    def teacher(
+        self,
+        model: PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ModelScorer:
+        """A model as a teacher beside this student: sharded over the same mesh, in turns with it under two_phase.
+
+        model: on the device, frozen here; tokenizer: to compare vocabularies; dtype: in which it computes, else its own
+        Mutates: the model.
+        """
+        model.requires_grad_(False).eval()
+        if self.mesh is not None:
+            shard_model(model, self.mesh, dtype=dtype)
+        elif dtype is not None:
+            model.to(dtype)
+        forward = CausalForward(model, self.device, tp_group=self.tp_group)
+        scoring = contextlib.nullcontext
+        if self.turns is not None:
+            member = self.turns.add(lambda: (*model.parameters(), *model.buffers()), changes=False)
+            scoring = functools.partial(self.turns.turn, member, leaves=True)
+        token_map = None if tokenizer is None else token_to_id(tokenizer)
+        return self._scorer(forward, token_map, scoring=scoring)
 
     def base_teacher(self) -> ModelScorer:
         """The student without its adapter, as a teacher: no second copy of the weights.
@@ -153,13 +192,13 @@ class FSDPActor:
         """
         if self.adapted is None:
             raise ValueError("base_teacher: wanted a student with an adapter (a PeftModel), got one without")
-        return ModelScorer(
-            self.forward,
-            max_tokens=self.config.score_batch_tokens,
-            group=self.group,
-            token_map=self._token_map,
-            scoring=self.adapted.disable_adapter,
-        )
+
+        @contextlib.contextmanager
+        def without_adapter() -> Iterator[None]:
+            with self._own_turn(), self.adapted.disable_adapter():
+                yield
+
+        return self._scorer(self.forward, self._token_map, scoring=without_adapter)
 
     def token_to_id(self) -> Mapping[str, int] | None:
         """The tokenizer's map; None without a tokenizer."""
@@ -175,7 +214,9 @@ class FSDPActor:
     # ---- a step ------------------------------------------------------------------------------------------------------
     def score_rollouts(self, batch: RolloutBatch, teachers: TeacherPool) -> ScoredRollouts:
         """The old policy's support where the config needs it, then every teacher's scores: see `score_rollouts`."""
-        self.weights.check_trainable("score_rollouts")
+        self._weights.check_trainable("score_rollouts")
+        if self.turns is not None:
+            _check_movable(teachers)
         return score_rollouts(batch, self.student, teachers, self.config)
 
     def row_divergences(self, batch: RolloutBatch, scored: ScoredRollouts) -> Tensor:
@@ -197,6 +238,8 @@ class FSDPActor:
         with self.weights.training():
             metrics = self.accumulate(batch, scored)
             updated, norm = self.apply()
+        if self.turns is not None:
+            self.optimizer.zero_grad(set_to_none=True)
         scored.release(batch)
         return StepReport(metrics, updated, norm)
 
@@ -206,6 +249,7 @@ class FSDPActor:
         Communicates: a micro-batch's gathers; once, the sum of the gradients, 40 bytes a sequence, and the metrics.
         Mutates: the gradients, which it clears first.
         """
+        self._come()
         scored.require(batch)
         denominators = Denominators.of(batch, self.config, self._stack)
         micros = batch.micro_batches(max_tokens=self.max_tokens, max_seqs=self.max_seqs) if batch.num_seqs else []
@@ -257,6 +301,24 @@ class FSDPActor:
 
         return self.forward.at_head(micro, loss_at)
 
+    def _scorer(self, forward: CausalForward, token_map: Mapping[str, int] | None, *, scoring) -> ModelScorer:
+        options = {"max_tokens": self.config.score_batch_tokens, "group": self.group}
+        return ModelScorer(forward, token_map=token_map, scoring=scoring, **options)
+
+    def _held(self) -> list[Tensor]:
+        """All that the student has on the device between steps."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        found = [*self.model.parameters(), *self.model.buffers(), *self.trained.values(), *states]
+        return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
+    def _come(self) -> None:
+        if self.turns is not None:
+            self.turns.bring(self._member)
+
+    def _own_turn(self) -> contextlib.AbstractContextManager[None]:
+        """The student here; it stays until another model comes."""
+        return contextlib.nullcontext() if self.turns is None else self.turns.turn(self._member, leaves=False)
+
     def _stack(self, tensor: Tensor) -> Tensor:
         group = self.group if group_size(self.group) > 1 else None
         return all_gather_stacked(tensor.to(self.device), group).to(tensor.device)
@@ -269,6 +331,7 @@ class FSDPActor:
         Raises: WrongWeightsError where the live weights are not the student's; ValueError where one is not finite, by
             its name and the step.
         """
+        self._come()
         return save_checkpoint(self, Path(folder))
 
     def load(self, folder: Path) -> None:
@@ -276,7 +339,19 @@ class FSDPActor:
 
         Raises: ValueError for a folder that is not whole, or of another model. Mutates: all that a step does.
         """
+        self._come()
         load_checkpoint(self, Path(folder))
+
+
+def _check_movable(teachers: TeacherPool) -> None:
+    for name in teachers.names:
+        teacher = teachers[name]
+        own = getattr(teacher, "module", None) or getattr(teacher, "backend", None)
+        if own is not None and not getattr(teacher, "leaves", False):
+            raise ValueError(
+                f"two_phase: teacher {name!r} stays on the device, a {type(teacher).__name__}; wanted one of "
+                "actor.teacher(model), or one elsewhere"
+            )
 
 
 def _targets_of(adapted: PeftModel) -> tuple[Any, str]:

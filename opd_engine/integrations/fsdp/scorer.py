@@ -74,6 +74,11 @@ class ModelScorer:
         return max_positions(self.forward.model)
 
     @property
+    def leaves(self) -> bool:
+        """Whether its weights come for its turns and are away between them."""
+        return self._scoring is not contextlib.nullcontext
+
+    @property
     def asked_together(self) -> bool:
         """Whether ranks without a row to score must ask too: they hold parts of the model."""
         return self.group is not None
