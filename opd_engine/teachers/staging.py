@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from opd_engine.parallel.tensors import is_distributed, local_tensor
+
 
 def inference_only(module: nn.Module) -> nn.Module:
     """Make a module something that is only looked at: eval mode, nothing that requires or holds a gradient.
@@ -30,7 +32,8 @@ class StagedWeights:
     """One teacher's weights: on the host while it is idle, on the device in its turn.
 
     modules: the model or its chunks; made inference-only here
-    device: where it scores. On the host's own device nothing moves and nothing is held twice.
+    device: where it scores. On the host's own device nothing moves and nothing is held twice; elsewhere weights
+        that ranks share are refused, with what takes them
     resident: keep it on the device between turns, which costs its weights there and saves the copies
     """
 
@@ -45,6 +48,11 @@ class StagedWeights:
         self._arrived: torch.cuda.Event | None = None
         self._moves = self.device.type != "cpu"
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if self._moves and any(is_distributed(t) for chunk in chunks for t in chunk.parameters()):
+            raise ValueError(
+                "modules: wanted weights that this process holds whole, got ones that ranks share; those take turns "
+                "through Turns (FSDPActor.teacher under two_phase)"
+            )
         self._live = {id(t): t for chunk in chunks for t in (*chunk.parameters(), *chunk.buffers())}
         self._idle = {key: _to_host(tensor, pinned=self._stream is not None) for key, tensor in self._live.items()}
         self._point_at(self._idle)
@@ -52,7 +60,8 @@ class StagedWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights: held on the host, and as much again on the device while it is there."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._idle.values())
+        parts = [local_tensor(tensor) for tensor in self._idle.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in parts)
 
     @property
     def is_on_device(self) -> bool:

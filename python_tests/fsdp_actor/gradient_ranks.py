@@ -61,6 +61,8 @@ def gradients(folder: str) -> dict:
                 found |= planted(actor, got, truth, pool, batch, mesh)
     found["LoRA"] = lora(mesh, teachers, pool, batch)
     found["tensor-parallel head"] = tensor_parallel(teachers, pool, batch)
+    found["reduced early"] = reduced_early(mesh, pool, batch)
+    found["staged bytes"] = staged_bytes(mesh)
     found["two phases"] = two_phases(mesh, teachers, batch)
     found["general head"] = general_head(mesh, teachers, pool, batch)
     found["sharded teachers"] = sharded_teachers(mesh, teachers, batch)
@@ -89,6 +91,36 @@ def planted(actor, right, truth, pool, batch, mesh) -> dict:
     actor.accumulate(share(shifted, mesh), scored)
     found["planted: row off by one"] = distance(actor.gradients(), truth)
     return found
+
+
+def reduced_early(mesh, pool, batch) -> list:
+    """Parameters whose shard has a gradient before the last micro-batch: none, where it is reduced once a step."""
+    actor = make_actor(make_model(), mesh=mesh, max_seqs=1)
+    scored, plain, counts = actor.score_rollouts(share(batch, mesh), pool), actor.forward.at_head, []
+
+    def watched(*arguments):
+        counts.append(sum(p.grad is not None for p in actor.model.parameters()))
+        return plain(*arguments)
+
+    actor.forward.at_head = watched
+    actor.accumulate(share(batch, mesh), scored)
+    assert len(counts) > 2, counts
+    return [float(sum(counts)), 0.0]
+
+
+def staged_bytes(mesh) -> list:
+    """What a rank counts as held of a sharded teacher: its part; and what moves is refused by name."""
+    from opd_engine.teachers import StagedWeights
+
+    model = shard_model(make_model(), mesh)
+    held = StagedWeights(model, "cpu").nbytes
+    parts = (*model.parameters(), *model.buffers())
+    own = sum(local_tensor(t.detach()).numel() * t.element_size() for t in parts)
+    try:
+        StagedWeights(shard_model(make_model(), mesh), "meta")
+        return [1.0, 1.0]
+    except ValueError as refused:
+        return [float(held != own), float("ones that ranks share" not in str(refused))]
 
 
 def two_phases(mesh, teachers, batch) -> list:

@@ -41,6 +41,13 @@ def test_the_gradient_holds_with_a(gradients, case):
         assert max(rank[case]) <= BOUND
 
 
+@pytest.mark.parametrize("case", ["reduced early", "staged bytes"])
+def test_nothing_is_wrong_with(gradients, case):
+    """Gradients cross ranks once a step; a sharded teacher's bytes are this rank's."""
+    for rank in gradients:
+        assert rank[case] == [0.0, 0.0]
+
+
 def test_planted_errors_are_a_hundred_times_the_bound(gradients):
     for rank in gradients:
         planted = {name: value for name, value in rank.items() if name.startswith("planted")}

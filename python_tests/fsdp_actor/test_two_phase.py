@@ -80,7 +80,7 @@ def test_a_teacher_that_stays_is_refused_by_name():
 
 
 def test_resident_memory_holds_one_model_at_a_time():
-    """In a process of its own: three models of 49 MB; the student has its moments and gradients beside its weights."""
+    """In a process of its own: three models of 46 MB; the student has its moments and gradients beside its weights."""
     found, steady = {}, {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
     for way in ("all", "two_phase"):
         command = [sys.executable, "-m", "fsdp_actor.phase_memory", way]
