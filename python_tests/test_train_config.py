@@ -147,6 +147,8 @@ SAMPLED = ("--opd.loss_type", "advantage", "--opd.support", "rollout")
             ["rollout.temperature"],
         ),
         (["--opd.loss_type", "advantage", "--opd.support", "rollout", "--rollout.top_k", "5"], ["top_k 5"]),
+        (["--opd.policy_coefficient", "0.5", "--rollout.top_p", "0.9"], ["opd.policy_coefficient", "top_p 0.9"]),
+        (["--opd.policy_coefficient", "0.5", "--rollout.temperature", "0.7"], ["not 1", "temperature 0.7"]),
         (["--opd.temperature", "0"], ["opd.temperature", "> 0"]),
         (["--opd.k", "0"], ["opd.k", ">= 1"]),
         (["--opd.divergence", "kl"], ["opd.divergence", "forward_kl"]),

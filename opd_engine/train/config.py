@@ -263,9 +263,13 @@ class TrainConfig:
         if not 0.0 < self.rollout.top_p <= 1.0:
             raise ConfigError(f"rollout.top_p: wanted above 0 and at most 1, got {self.rollout.top_p}")
         cut = [key for key, off in (("top_k", 0), ("top_p", 1.0)) if getattr(self.rollout, key) != off]
-        if self.opd.loss_type == "advantage" and (cut or self.rollout.temperature != self.opd.temperature):
+        other = cut or self.rollout.temperature != self.opd.temperature
+        if other and (self.opd.loss_type == "advantage" or self.opd.policy_coefficient > 0):
+            what = "opd.loss_type 'advantage' cannot distil"
+            if self.opd.loss_type != "advantage":
+                what = "opd.policy_coefficient: the ratios of an unchanged policy are not 1"
             raise ConfigError(
-                "opd.loss_type 'advantage' cannot distil with rollouts of another distribution than the student's: "
+                f"{what} with rollouts of another distribution than the student's: "
                 f"wanted rollout.temperature = opd.temperature = {self.opd.temperature}, rollout.top_k and top_p off, "
                 f"got temperature {self.rollout.temperature}, top_k {self.rollout.top_k}, top_p {self.rollout.top_p}"
             )

@@ -18,9 +18,11 @@ import torch
 from opd_engine.distillation.phases import Phases
 from opd_engine.distillation.policy import group_advantages
 from opd_engine.distillation.rollout import RolloutBatch, pack_rollouts
+from opd_engine.distillation.rollout_agreement import Agreement, compare_rollouts
 from opd_engine.distillation.rollout_engine import Completions, Publication, Sampling
 from opd_engine.distillation.sampling import sample_seeds
 from opd_engine.distillation.step import ScoredRollouts
+from opd_engine.integrations.hf.models import torch_dtype
 from opd_engine.parallel.collectives import all_reduce_max_, barrier
 from opd_engine.parallel.launch import World, join_world
 from opd_engine.train.assembly import Assembly
@@ -108,7 +110,7 @@ class Trainer:
         self.teacher_set = {name: folder_identity(path) for name, path in experiment.teachers.items()}
         self.teacher_values: dict[str, dict[str, float]] = {}
         self.seconds_before = 0.0
-        self._published = False
+        self._published = self._compared = False
         self.checkpoints = Checkpoints(
             self.directory / CHECKPOINTS, config.checkpoint.keep, world, self.actor, parts.tokenizer.save_pretrained
         )
@@ -172,6 +174,7 @@ class Trainer:
             completions = self._write(prompts, own)
         batch = self._pack(prompts, own, completions)
         with phases.phase("score"):
+            gap = self._compare(batch)
             scored = self.actor.score_rollouts(batch, self.parts.teachers)
         if self.step_number % config.eval.every == 0 or self.step_number == config.optimizer.steps - 1:
             self._write_samples(batch, scored, dict(zip(own, prompts)), dict(zip(own, completions.finished)))
@@ -181,7 +184,7 @@ class Trainer:
         lengths = [len(tokens) for tokens in completions.tokens]
         counts = [batch.num_tokens, sum(lengths), sum(completions.finished), len(own)]
         total, written, ended, number = self.shares.sum(torch.tensor(counts, dtype=torch.float64))
-        record |= {"completion_tokens": written / number, "completion_ended": ended / number}
+        record |= gap | {"completion_tokens": written / number, "completion_ended": ended / number}
         return record | phases.measured(int(total), self._largest)
 
     def _write(self, prompts: Sequence[Prompt], samples: Sequence[int]) -> Completions:
@@ -219,6 +222,24 @@ class Trainer:
             rollout_ids=rollout_ids,
             advantages=advantages,
             rewards=rewards if config.opd.reward_beta is not None else None,
+        )
+
+    def _compare(self, batch: RolloutBatch) -> dict[str, float]:
+        """What wrote against what trains, on a few rollouts of each step; on all of the first after a start."""
+        few = self._agreement(choose(batch))
+        (few if self._compared else self._agreement(batch)).check(torch_dtype(self.config.run.dtype))
+        self._compared = True
+        return {"rollout_gap": few.mean, "rollout_gap_max": few.largest}
+
+    def _agreement(self, batch: RolloutBatch) -> Agreement:
+        shares = self.shares
+        return compare_rollouts(
+            batch,
+            self.actor.student,
+            temperature=self.sampling.temperature,
+            known=shares.known,
+            sum_over_shares=shares.sum,
+            largest_over_shares=self._largest,
         )
 
     def _write_samples(

@@ -18,6 +18,7 @@ from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.integrations.fsdp.layout import keeps_sequences_apart, model_input, reads_unequal_lengths
 from opd_engine.integrations.fsdp.sharding import after_head
 from opd_engine.integrations.hf.backend import even_shard
+from opd_engine.integrations.hf.decoding import counts_from_zero
 from opd_engine.integrations.hf.lm_head import reason_to_keep_whole
 from opd_engine.parallel.collectives import copy_to_group, group_rank, group_size
 from opd_engine.parallel.linear import vocab_parallel_lm_head
@@ -68,6 +69,7 @@ class CausalForward:
         width = self.vocab_size if self.after is None else model.get_output_embeddings().weight.shape[0]
         own = even_shard(self.vocab_size, group, group_size(group), group_rank(group))
         self.shard = own or VocabShard(0, width, self.vocab_size)
+        self._counts_from_zero = counts_from_zero(model)
         self.packed = reads_unequal_lengths(model) if packed is None else packed
         if self.packed and not keeps_sequences_apart(model, device):
             if packed:
@@ -83,6 +85,8 @@ class CausalForward:
         Communicates: a sharded model's gathers, the same whatever the batch.
         """
         given = model_input(batch, self.device, packed=self.packed)
+        if not (self.packed or self._counts_from_zero):
+            del given.arguments["position_ids"]
         exchange = RowsHere(given.packed_rows, batch.num_tokens, self.device)
 
         def project(hidden: Tensor) -> _Returned:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opd_engine.distillation.rollout import RolloutBatch
+from opd_engine.integrations.hf.decoding import counts_from_zero
 from opd_engine.integrations.hf.lm_head import AfterHead, find_after_head, reason_to_keep_whole
 from opd_engine.integrations.hf.models import max_positions, token_to_id
 from opd_engine.parallel.collectives import copy_to_group
@@ -61,8 +62,9 @@ class HFBackend:
         self.module = module
         self.tokenizer = tokenizer
         self.vocab_size = int(language_model(module).config.get_text_config().vocab_size)
-        self.max_positions = max_positions(module)
+        self.max_positions = max_positions(language_model(module))
         self._token_map = None if tokenizer is None else token_to_id(tokenizer)
+        self._counts_from_zero: bool | None = None
 
     @property
     def device(self) -> torch.device:
@@ -79,9 +81,12 @@ class HFBackend:
 
     def _rows_of(self, batch: RolloutBatch, model: torch.nn.Module, output: str) -> Tensor:
         input_ids, attention_mask, rows = pad_packed(batch, self.device)
-        # Positions are written out: some models would otherwise count the padding.
-        position_ids = torch.arange(input_ids.shape[1], device=self.device).expand(input_ids.shape)
-        outputs = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self._counts_from_zero is None:
+            self._counts_from_zero = counts_from_zero(self.module)
+        if self._counts_from_zero:  # written out: some models would otherwise count the padding
+            given["position_ids"] = torch.arange(input_ids.shape[1], device=self.device).expand(input_ids.shape)
+        outputs = model(**given, use_cache=False)
         return getattr(outputs, output).flatten(0, 1)[rows]
 
     def logits(self, batch: RolloutBatch) -> Tensor:
