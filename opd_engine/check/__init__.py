@@ -1,7 +1,8 @@
 """F7: `opd-engine check`, the conformance table on the user's own machine.
 
-It starts N real processes on loopback, compares every divergence x tail mode x support with a float64 reference of its
-own (reference.py), value and gradient, and shows that planted errors are seen. It measures no speed.
+It starts N real processes on loopback, compares what the package exports with a float64 reference of its own
+(reference.py), value and gradient, and shows that planted errors are seen. It measures no speed. Read cells.py first;
+table.py lists what there is.
 """
 
 from __future__ import annotations

@@ -1,261 +1,246 @@
-"""The cells of the conformance table: what each rank computes, and how the main rank judges it.
+"""A cell of the conformance table: one call of something exported, and the definition of what it is to give.
 
-A cell is a dtype x support x divergence x tail mode (or the full vocabulary); it holds where value and gradient,
-assembled from all ranks, are as near to the float64 reference as the rule allows and every rank holds the same value.
+Every rank calls the engine; one of them, in turn, evaluates the definition and judges. The cells themselves are in
+score_cells.py, loss_cells.py, linear_cells.py, op_cells.py; table.py lists them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 import opd_engine
-from opd_engine.check import reference
+from opd_engine.check.inputs import Inputs, Leaf
+from opd_engine.check.judge import FLOOR, Answer, Limit, Verdict, judge, plants
 from opd_engine.parallel.collectives import all_gather_stacked
-from opd_engine.parallel.launch import World
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-SUPPORTS = ("student", "teacher", "mixed")
-# error <= FACTOR x the error of the same formula in eager torch + FLOOR, relative to the largest element and to the
-# norm. A half dtype's gradient is rounded last: its floor is an eighth of an eps, so that 1% is seen.
-FACTOR = 2.0
-SCORE_FLOOR = {torch.float64: 1e-11, torch.float32: 5e-6}
-GRADIENT_FLOOR = {torch.float64: 1e-11, torch.float32: 5e-6, torch.bfloat16: 1e-3, torch.float16: 1.3e-4}
-# Planted errors that the judge must see; the second needs several ranks.
-CONTROLS = (
-    "loss / tp",
-    "loss on rank 0 only",
-    "1% gradient error",
-    "1% value error",
-    "off-by-one row",
-    "gradient in a padding column",
-)
-BETA, ALPHA, TEMPERATURE = 0.5, 0.1, 0.8
-NUM_ROWS, VOCAB_SIZE, PADDED_VOCAB_SIZE, K = 24, 1031, 1048, 16
+Options = dict[str, object]
+# Options that change how, and not what, is computed; without sequence_parallel the shapes would not fit.
+LAYOUT_OPTIONS = ("workspace_bytes", "grad_scale", "sequence_parallel")
 
 
 @dataclass
+class Called:
+    """What a call gave. outputs: the same on every rank; those that require grad are differentiated.
+
+    written: by the name of a gradient, how to read it after the backward where autograd does not return it
+    """
+
+    outputs: dict[str, Tensor]
+    written: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One judged cell. error and allowed belong to the worse of value and gradient."""
+    """One call. Subclasses say what is differentiated, what is called, and what is right."""
+
+    function: str  # as it is exported
+    line: str  # of the table: what of the function is looked at
+    setting: str = ""  # which of the line's cells
+
+    @property
+    def name(self) -> str:
+        """As a failure names it."""
+        return ": ".join(filter(None, (self.function, self.line, self.setting)))
+
+    def leaves(self, inputs: Inputs) -> dict[str, Leaf]:
+        """What gradients are compared of."""
+        raise NotImplementedError
+
+    def options(self, inputs: Inputs) -> Options:
+        """The call's keyword arguments. A control leaves one out and has to be seen."""
+        return {}
+
+    def gradients(self, inputs: Inputs) -> dict[str, str]:
+        """By the name of a gradient that the call is to give, the leaf it belongs to."""
+        return {f"d {leaf}": leaf for leaf in self.leaves(inputs)}
+
+    def call(self, inputs: Inputs, leaves: dict[str, Tensor], options: Options) -> Called:
+        """The engine, on this rank's part of the leaves."""
+        raise NotImplementedError
+
+    def define(self, inputs: Inputs, leaves: dict[str, Tensor], compute: torch.dtype) -> dict[str, Tensor]:
+        """The outputs by definition, on whole leaves, in `compute`."""
+        raise NotImplementedError
+
+    def upstream(self, inputs: Inputs, name: str, output: Tensor) -> Tensor:
+        """What this rank's output receives in backward; the whole is inputs.upstream."""
+        return inputs.upstream(name, output)
+
+    def least_allowed(self, inputs: Inputs, *, is_gradient: bool) -> float:
+        """The error that is allowed where plain torch has none."""
+        return FLOOR[inputs.dtype if is_gradient else inputs.score_dtype]
+
+
+@dataclass
+class Judged:
+    """A cell at one dtype. where: the measure and the element at which it is worst."""
 
     dtype: str
-    support: str
-    tail: str
-    divergence: str
+    function: str
+    line: str
+    setting: str
     error: float
     allowed: float
     passed: bool
-    reason: str = ""
+    where: str
 
 
 @dataclass
 class Control:
-    """A planted error, and whether it was seen."""
+    """A planted error, and whether the cell saw it."""
 
     dtype: str
     name: str
+    cell: str
     seen: bool
 
 
-@dataclass
-class Rows:
-    """Inputs of one dtype, whole on every rank; only this rank's columns go to the engine."""
+def ask(cell: Cell, inputs: Inputs, options: Options) -> tuple[Answer, bool]:
+    """(the engine's answer, assembled from all ranks; whether they hold the same outputs).
 
-    student: Tensor  # [T, padded]
-    teacher: Tensor  # [T, padded]
-    shard: opd_engine.VocabShard
-    weights: Tensor  # [T]
-
-    def own(self, logits: Tensor) -> Tensor:
-        return logits[:, self.shard.vocab_start_index : self.shard.vocab_end_index].contiguous()
-
-
-def make_rows(dtype: torch.dtype, world: World, seed: int) -> Rows:
-    """Flat, ordinary and peaked rows on a grid (so that ties abound), padding columns full of large numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    spread = torch.tensor([0.1, 1.0, 3.0, 6.0]).repeat(NUM_ROWS // 4)[:, None]
-
-    def logits() -> Tensor:
-        rows = (torch.randn(NUM_ROWS, PADDED_VOCAB_SIZE, generator=generator) * spread * 8).round() / 8
-        rows[:, VOCAB_SIZE:] = 1000.0
-        return rows.to(dtype).to(world.device)
-
-    student, teacher = logits(), logits()
-    cuts = torch.rand(world.world_size - 1, generator=generator).mul(PADDED_VOCAB_SIZE).long().sort().values.tolist()
-    bounds = [0, *cuts, PADDED_VOCAB_SIZE]
-    shard = opd_engine.VocabShard(bounds[world.rank], bounds[world.rank + 1], VOCAB_SIZE, world.group)
-    weights = (torch.rand(NUM_ROWS, generator=generator, dtype=torch.float64) + 0.5).to(world.device)
-    return Rows(student, teacher, shard, weights)
+    Communicates: what the call does, and one all-gather.
+    """
+    leaves = cell.leaves(inputs)
+    own = {name: inputs.own(leaf.whole, leaf.split).requires_grad_() for name, leaf in leaves.items()}
+    called = cell.call(inputs, own, options)
+    found = _backward(cell, inputs, called, own)
+    parts = {name: found[name].detach() for name in cell.gradients(inputs) if name in found}
+    outputs = {name: output.detach() for name, output in called.outputs.items() if output is not None}
+    if inputs.world.group is None:
+        return {**outputs, **parts}, True
+    named = cell.gradients(inputs)
+    return _gather(inputs, outputs, {name: (leaves[leaf], parts.get(name)) for name, leaf in named.items()})
 
 
-def make_ids(support: str, rows: Rows, seed: int) -> Tensor:
-    """[T, K] ids: the student's or the teacher's first, or any, unordered and with absent slots."""
-    if support != "mixed":
-        return reference.top_ids(rows.student if support == "student" else rows.teacher, K, VOCAB_SIZE)
-    generator = torch.Generator().manual_seed(seed + 1)
-    ids = torch.stack([torch.randperm(VOCAB_SIZE, generator=generator)[:K] for _ in range(NUM_ROWS)])
-    ids[torch.rand(ids.shape, generator=generator) < 0.2] = -1
-    return ids.to(rows.student.device)
+def _backward(cell: Cell, inputs: Inputs, called: Called, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By name, what autograd gives and what was written elsewhere."""
+    outputs = {name: output for name, output in called.outputs.items() if output is not None and output.requires_grad}
+    gradients: dict[str, Tensor] = {}
+    if outputs and own:
+        upstream = [cell.upstream(inputs, name, output).to(output.dtype) for name, output in outputs.items()]
+        found = torch.autograd.grad(list(outputs.values()), list(own.values()), upstream, allow_unused=True)
+        gradients = {f"d {name}": grad for name, grad in zip(own, found, strict=True) if grad is not None}
+    return {**gradients, **{name: read() for name, read in called.written.items()}}
 
 
-def assemble(local: Tensor, world: World) -> Tensor:
-    """The whole gradient from every rank's columns; uneven shards are padded to one width for the wire."""
-    if world.group is None:
-        return local
-    widths = all_gather_stacked(torch.tensor([local.shape[1]], device=local.device), world.group).flatten().tolist()
-    padded = torch.nn.functional.pad(local, (0, max(widths) - local.shape[1]))
-    parts = all_gather_stacked(padded, world.group)
-    return torch.cat([part[:, :width] for part, width in zip(parts, widths)], 1)
-
-
-def same_everywhere(loss: Tensor, world: World) -> bool:
-    parts = all_gather_stacked(loss.detach(), world.group)
-    return all(torch.equal(part, parts[0]) for part in parts)
-
-
-Definition = Callable[[Tensor, torch.dtype], Tensor]
-
-
-def truth_and_eager(rows: Rows, definition: Definition) -> list[tuple[Tensor, Tensor]]:
-    """(loss, gradient) of the float64 reference and of the same text at the dtype users compute in."""
-    dtype = rows.student.dtype
-    results = []
-    for leaf_dtype, compute in ((torch.float64, torch.float64), (dtype, score_dtype(dtype))):
-        at = rows.student.detach().to(leaf_dtype).requires_grad_()
-        loss = definition(at, compute)
-        results.append((loss.detach(), torch.autograd.grad(loss, at, rows.weights.to(loss.dtype))[0]))
-    return results
-
-
-def score_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def judge(ours: tuple[Tensor, Tensor], truths: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[float, float]:
-    """(error, allowed) of the measure that comes nearest to its limit, or exceeds it most."""
-    worst = (0.0, 1.0)
-    floors = (SCORE_FLOOR[score_dtype(dtype)], GRADIENT_FLOOR[dtype])
-    for got, true, eager, floor in zip(ours, *truths, floors):
-        true, got, eager = true.double(), got.double(), eager.double()
-        for order in (torch.inf, 2):
-            size = max(torch.linalg.vector_norm(true, order).item(), 1e-3)
-            error = torch.linalg.vector_norm(got - true, order).item() / size
-            allowed = FACTOR * torch.linalg.vector_norm(eager - true, order).item() / size + floor
-            if not error / allowed <= worst[0] / worst[1]:  # a NaN is the worst of all
-                worst = (error, allowed)
-    return worst
-
-
-def bucket_cells(dtype_name: str, world: World, seed: int, plant: str | None) -> Iterator[Cell | None]:
-    """Every support x tail x divergence; None on the ranks that do not judge."""
-    dtype = DTYPES[dtype_name]
-    rows = make_rows(dtype, world, seed)
-    for support in SUPPORTS:
-        ids = make_ids(support, rows, seed)
-        common = {"temperature": TEMPERATURE, "shard": rows.shard}
-        if support == "student":
-            chosen = opd_engine.topk_log_probs(rows.own(rows.student), K, **common).indices
-        else:
-            chosen = ids
-        teacher = opd_engine.gather_log_probs(rows.own(rows.teacher), chosen, **common)
-        for tail in reference.TAIL_MODES:
-            for name in reference.DIVERGENCES:
-                at = rows.own(rows.student).requires_grad_()
-                student = opd_engine.gather_log_probs(at, chosen, **common)
-                loss = opd_engine.distill_loss(student, teacher, divergence=name, beta=BETA, alpha=ALPHA, tail=tail)
-
-                def definition(z: Tensor, compute: torch.dtype, tail=tail, name=name, ids=ids) -> Tensor:
-                    both = (reference.log_probabilities(x, VOCAB_SIZE, TEMPERATURE, compute) for x in (z, rows.teacher))
-                    return reference.distill_loss(*both, ids, tail, name, BETA, ALPHA)
-
-                cell = judged(world, rows, at, loss, definition, plant)
-                if cell is not None and not torch.equal(chosen, ids):
-                    cell = (cell[0], cell[1], "top-k ids differ from a stable sort's")
-                yield None if cell is None else finished(dtype_name, support, tail, name, *cell)
-
-
-def full_cells(dtype_name: str, world: World, seed: int, plant: str | None) -> Iterator[Cell | None]:
-    """The full vocabulary, every divergence."""
-    rows = make_rows(DTYPES[dtype_name], world, seed)
-    for name in reference.DIVERGENCES:
-        at = rows.own(rows.student).requires_grad_()
-        setting = {"divergence": name, "beta": BETA, "alpha": ALPHA, "temperature": TEMPERATURE, "shard": rows.shard}
-        loss = opd_engine.full_distill_loss(at, rows.own(rows.teacher), **setting)
-
-        def definition(z: Tensor, compute: torch.dtype, name=name) -> Tensor:
-            both = (reference.log_probabilities(x, VOCAB_SIZE, TEMPERATURE, compute) for x in (z, rows.teacher))
-            return reference.full_loss(*both, name, BETA, ALPHA)
-
-        cell = judged(world, rows, at, loss, definition, plant)
-        yield None if cell is None else finished(dtype_name, "all", "(full)", name, *cell)
-
-
-def finished(dtype: str, support: str, tail: str, name: str, error: float, allowed: float, reason: str) -> Cell:
-    passed = error <= allowed and not reason
-    return Cell(
-        dtype, support, tail, name, error, allowed, passed, reason or ("" if passed else "error over the limit")
+def _gather(
+    inputs: Inputs, outputs: dict[str, Tensor], parts: dict[str, tuple[Leaf, Tensor | None]]
+) -> tuple[Answer, bool]:
+    """One message: outputs, which are compared, then this rank's parts, padded to one length."""
+    ranks = range(inputs.world.world_size)
+    sizes = [sum(torch.Size(inputs.part_shape(leaf, rank)).numel() for leaf, _ in parts.values()) for rank in ranks]
+    message = [output.double().flatten() for output in outputs.values()]
+    num_shared = sum(piece.numel() for piece in message)
+    for leaf, part in parts.values():
+        shape = inputs.part_shape(leaf, inputs.world.rank)
+        part = torch.full(shape, torch.nan, device=inputs.world.device) if part is None else part.expand(shape)
+        message.append(part.double().flatten())
+    flat = torch.cat(message)
+    stacked = all_gather_stacked(
+        torch.nn.functional.pad(flat, (0, num_shared + max(sizes) - flat.numel())), inputs.world.group
     )
+    shared = stacked[:, :num_shared]
+    same = bool(((shared == shared[0]) | (shared.isnan() & shared[0].isnan())).all())
+    answer, offsets = dict(outputs), [num_shared for _ in ranks]
+    for name, (leaf, _) in parts.items():
+        pieces = []
+        for rank in ranks:
+            shape = torch.Size(inputs.part_shape(leaf, rank))
+            pieces.append(stacked[rank, offsets[rank] : offsets[rank] + shape.numel()].view(shape))
+            offsets[rank] += shape.numel()
+        same = same and (leaf.split != "all" or all(torch.equal(piece, pieces[0]) for piece in pieces))
+        answer[name] = inputs.assemble(pieces, leaf.split)
+    return answer, same
 
 
-def judged(
-    world: World, rows: Rows, at: Tensor, loss: Tensor, definition: Definition, plant: str | None
-) -> tuple[float, float, str] | None:
-    """(error, allowed, reason) on the main rank. Every rank takes part in the assembling."""
-    loss, grad = spoil(plant, world, rows, at, loss)
-    same = same_everywhere(loss, world)
-    whole = assemble(grad, world)
-    if not world.is_main:
-        return None
-    error, allowed = judge((loss, whole), truth_and_eager(rows, definition), rows.student.dtype)
-    return error, allowed, "" if same else "ranks hold different values"
+def limits_of(cell: Cell, inputs: Inputs) -> dict[str, Limit]:
+    """By measure, from the float64 reference and the same text at the dtype that users compute in."""
+    true = _evaluate(cell, inputs, torch.float64, torch.float64)
+    eager = true
+    if inputs.dtype != torch.float64:
+        eager = _evaluate(cell, inputs, inputs.dtype, inputs.score_dtype)
+    limits = {}
+    for name, values in true.items():
+        limits[name] = Limit(name, values, eager[name], cell.least_allowed(inputs, is_gradient=name.startswith("d ")))
+    return limits
 
 
-def spoil(plant: str | None, world: World, rows: Rows, at: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss and this rank's gradient, with one planted error (None: honest)."""
-    weights = rows.weights.to(loss.dtype)
-    if plant == "loss / tp":
-        weights = weights / max(world.world_size, 2)
-    elif plant == "loss on rank 0 only" and not world.is_main:
-        weights = torch.zeros_like(weights)
-    (grad,) = torch.autograd.grad(loss, at, weights)
-    if plant == "1% gradient error":
-        grad = (grad.double() * 1.01).to(grad.dtype)
-    elif plant == "off-by-one row":
-        grad = grad.roll(1, 0)
-    elif plant == "1% value error":
-        loss = loss * 1.01
-    elif plant == "gradient in a padding column" and rows.shard.vocab_end_index == PADDED_VOCAB_SIZE and grad.shape[1]:
-        grad[:, -1] += 0.05
-    return loss.detach(), grad
+def _evaluate(cell: Cell, inputs: Inputs, leaf_dtype: torch.dtype, compute: torch.dtype) -> Answer:
+    leaves = cell.leaves(inputs)
+    at = {name: leaf.whole.detach().to(leaf_dtype).requires_grad_() for name, leaf in leaves.items()}
+    outputs = cell.define(inputs, at, compute)
+    gradients = cell.gradients(inputs)
+    found: dict[str, Tensor] = {}
+    differentiable = {name: output for name, output in outputs.items() if output.requires_grad}
+    if differentiable and gradients:
+        upstream = [inputs.upstream(name, output).to(output.dtype) for name, output in differentiable.items()]
+        grads = torch.autograd.grad(list(differentiable.values()), list(at.values()), upstream)
+        found = dict(zip(at, grads, strict=True))
+    values = {name: output.detach() for name, output in outputs.items()}
+    return {**values, **{name: found[leaf] for name, leaf in gradients.items()}}
 
 
-def controls(dtype_name: str, world: World, seed: int) -> Iterator[Control | None]:
-    """One cell under every planted error: each must fail."""
-    for plant in CONTROLS:
-        if world.world_size == 1 and plant == "loss on rank 0 only":
+def run_cells(
+    cells: Sequence[Cell], inputs: Inputs, dtype: str, turn: int = 0, turns: int = 1
+) -> Iterator[Judged | Control]:
+    """Every cell, then its controls; what this rank judged. All ranks must walk it.
+
+    turn, turns: of the options that are left out, this call has every turns-th, from the turn-th on
+    """
+    lines: set[tuple[str, str]] = set()
+    left_out: list[tuple[str, str]] = []
+    for number, cell in enumerate(cells):
+        judges = number % inputs.world.world_size == inputs.world.rank
+        options = cell.options(inputs)
+        with_plants = (cell.function, cell.line) not in lines
+        lines.add((cell.function, cell.line))
+        without = []
+        for name in _that_matter(cell, options, inputs):
+            if (cell.function, name) not in left_out:
+                left_out.append((cell.function, name))
+                if len(left_out) % turns == turn:
+                    without.append(name)
+        try:
+            answer, same = ask(cell, inputs, options)
+        except (ValueError, RuntimeError) as error:
+            if inputs.world.group is not None:  # another rank may be waiting for this one
+                error.add_note(f"in the cell {dtype} {cell.name}")
+                raise
+            said = f"raised {type(error).__name__}: {error}"
+            yield Judged(dtype, cell.function, cell.line, cell.setting, float("inf"), 1.0, False, said)
             continue
-        rows = make_rows(DTYPES[dtype_name], world, seed)
-        ids = make_ids("student", rows, seed)
-        common = {"temperature": TEMPERATURE, "shard": rows.shard}
-        at = rows.own(rows.student).requires_grad_()
-        teacher = opd_engine.gather_log_probs(rows.own(rows.teacher), ids, **common)
-        loss = opd_engine.distill_loss(opd_engine.gather_log_probs(at, ids, **common), teacher)
-
-        def definition(z: Tensor, compute: torch.dtype, rows=rows, ids=ids) -> Tensor:
-            both = (reference.log_probabilities(x, VOCAB_SIZE, TEMPERATURE, compute) for x in (z, rows.teacher))
-            return reference.distill_loss(*both, ids, "bucket", "reverse_kl", BETA, ALPHA)
-
-        cell = judged(world, rows, at, loss, definition, plant)
-        yield None if cell is None else Control(dtype_name, plant, not cell[0] <= cell[1])
+        limits = limits_of(cell, inputs) if judges else None
+        if limits is not None:
+            yield _judged(cell, dtype, judge(answer, limits), same)
+            for name, measure, spoiled in plants(answer, limits, inputs.bounds) if with_plants else ():
+                seen = not limits[measure].judge(spoiled, with_place=False).holds
+                yield Control(dtype, name, f"{cell.name}: {measure}", seen)
+        for name in without:
+            spoiled, same = ask(cell, inputs, {key: value for key, value in options.items() if key != name})
+            if limits is not None:
+                yield Control(dtype, f"{name} ignored", cell.name, not (same and judge(spoiled, limits).holds))
 
 
-def as_json(item: Cell | Control) -> dict:
-    return asdict(item)
+def _judged(cell: Cell, dtype: str, verdict: Verdict, same: bool) -> Judged:
+    where = verdict.where if same else f"ranks hold different values; {verdict.where}"
+    passed = verdict.holds and same
+    return Judged(dtype, cell.function, cell.line, cell.setting, verdict.error, verdict.allowed, passed, where)
+
+
+def _that_matter(cell: Cell, options: Options, inputs: Inputs) -> list[str]:
+    """The options whose absence changes what is right: those that are not at their default."""
+    function = getattr(opd_engine, cell.function, None)
+    parameters = inspect.signature(function).parameters if callable(function) else {}
+    found = []
+    for name, value in options.items():
+        default = parameters[name].default if name in parameters else None
+        is_default = not isinstance(value, Tensor) and value == default
+        is_partial_alone = name == "loss_reduction" and inputs.world.group is None
+        if name not in LAYOUT_OPTIONS and not is_default and not is_partial_alone:
+            found.append(name)
+    return found

@@ -14,10 +14,42 @@ from torch import Tensor
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 TAIL_MODES = ("bucket", "truncate", "renormalize")
 
+Buckets = tuple[Tensor, Tensor]  # log-probs [T, k] (absent -inf) and the tail's [T]
 
-def log_probabilities(logits: Tensor, vocab_size: int, temperature: float, dtype: torch.dtype) -> Tensor:
+
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, dtype: torch.dtype, compute: torch.dtype
+) -> Tensor:
+    """Equations: docs/math.md (53) (54). Logits of the LM head as they are in `dtype`: rounded once, capped, once more.
+
+    hidden: [T, hidden_size]; weight: [vocab, hidden_size]. Returns: [T, vocab] in `compute`.
+    """
+    logits = hidden.to(compute) @ weight.to(compute).t()
+    if bias is not None:
+        logits = logits + bias.to(compute)
+    logits = _rounded(logits, dtype)
+    return logits if softcap is None else _rounded(softcap * torch.tanh(logits / softcap), dtype)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to a half precision where `dtype` is one; in float64 the gradient passes unrounded."""
+    if dtype in (torch.float64, torch.float32):
+        return values
+    if values.dtype == torch.float64:
+        return values + (values.detach().to(dtype).to(values.dtype) - values.detach())
+    return values.to(dtype).to(values.dtype)
+
+
+def log_probabilities(logits: Tensor, vocab_size: int, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
     """Equation: docs/math.md (2). logits: [T, padded width]. Returns: [T, vocab_size], columns beyond it ignored."""
-    return torch.log_softmax(logits[:, :vocab_size].to(dtype) / temperature, -1)
+    return torch.log_softmax(scaled(logits, vocab_size, temperature, dtype), -1)
+
+
+def scaled(logits: Tensor, vocab_size: int, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits / temperature, of which there may be one a row."""
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(dtype)[:, None]
+    return logits[:, :vocab_size].to(dtype) / temperature
 
 
 def top_ids(logits: Tensor, k: int, vocab_size: int) -> Tensor:
@@ -25,8 +57,33 @@ def top_ids(logits: Tensor, k: int, vocab_size: int) -> Tensor:
     return torch.sort(logits[:, :vocab_size].detach().double(), dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def buckets(log_q: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Equations: docs/math.md (3) (4). ids: [T, k], -1 absent. Returns: log-probs [T, k] (absent -inf) and tail [T]."""
+def scores(
+    logits: Tensor,
+    ids: Tensor,
+    target: Tensor,
+    vocab_size: int,
+    temperature: float | Tensor,
+    compute: torch.dtype,
+    fields: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """Equations: docs/math.md (4) (6) to (9). The fields asked for, by name; a target of -1 is absent."""
+    y = scaled(logits, vocab_size, temperature, compute)
+    log_q = torch.log_softmax(y, -1)
+    found = {}
+    if "log_probs" in fields or "tail_log_prob" in fields:
+        found["log_probs"], found["tail_log_prob"] = buckets(log_q, ids)
+    if "lse" in fields:
+        found["lse"] = torch.logsumexp(y, -1)
+    if "entropy" in fields:
+        found["entropy"] = -(log_q.exp() * log_q).sum(-1)
+    if "target_log_prob" in fields:
+        picked = log_q.gather(-1, target.clamp_min(0)[:, None])[:, 0]
+        found["target_log_prob"] = torch.where(target >= 0, picked, -math.inf)
+    return {name: found[name] for name in fields}
+
+
+def buckets(log_q: Tensor, ids: Tensor) -> Buckets:
+    """Equations: docs/math.md (3) (4). ids: [T, k], -1 absent."""
     present = ids >= 0
     picked = torch.where(present, log_q.gather(-1, ids.clamp_min(0)), -math.inf)
     off = torch.ones(log_q.shape[0], log_q.shape[1] + 1, dtype=torch.bool, device=log_q.device)
@@ -34,8 +91,23 @@ def buckets(log_q: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return picked, torch.logsumexp(torch.where(off, log_q, -math.inf), -1)
 
 
+def mixture(members: list[Buckets], weights: Tensor, mode: str, ids: Tensor) -> Buckets:
+    """Equations: docs/math.md (41) (42). weights: [members] or [members, T], not yet normalised."""
+    table = torch.stack([torch.cat([picked, tail[:, None]], -1) for picked, tail in members])
+    weights = weights.to(table.dtype)
+    share = (weights / weights.sum(0)).reshape(len(members), -1, 1)
+    counted = torch.nn.functional.pad(ids >= 0, (0, 1), value=True)
+    if mode == "arithmetic":
+        mixed = torch.where(counted, (share * table.exp()).sum(0).log(), -math.inf)
+    else:
+        mixed = (share * torch.where(counted, table, 0.0)).sum(0)
+        mixed = torch.log_softmax(torch.where(counted, mixed, -math.inf), -1)
+    return mixed[:, :-1], mixed[:, -1]
+
+
 def kl(log_a: Tensor, log_b: Tensor, counted: Tensor) -> Tensor:
-    """sum of a (log a - log b) over what is counted; every counted log-prob is finite here."""
+    """sum of a (log a - log b) over what is counted; a term is 0 where a is."""
+    counted = counted & (log_a > -math.inf)
     a, b = torch.where(counted, log_a, 0.0), torch.where(counted, log_b, 0.0)
     return torch.where(counted, a.exp() * (a - b), 0.0).sum(-1)
 
@@ -43,7 +115,7 @@ def kl(log_a: Tensor, log_b: Tensor, counted: Tensor) -> Tensor:
 def divergence(log_q: Tensor, log_p: Tensor, counted: Tensor, name: str, beta: float, alpha: float) -> Tensor:
     """Equations: docs/math.md (16) to (20). log_q the student, log_p the teacher."""
 
-    def mixture(weight_p: float) -> Tensor:
+    def mixed(weight_p: float) -> Tensor:
         p, q = torch.where(counted, log_p, 0.0), torch.where(counted, log_q, 0.0)
         return torch.logaddexp(p + math.log(weight_p), q + math.log1p(-weight_p))
 
@@ -52,27 +124,39 @@ def divergence(log_q: Tensor, log_p: Tensor, counted: Tensor, name: str, beta: f
     if name == "reverse_kl":
         return kl(log_q, log_p, counted)
     if name == "jsd":
-        middle = mixture(beta)
+        middle = mixed(beta)
         return beta * kl(log_p, middle, counted) + (1 - beta) * kl(log_q, middle, counted)
     if name == "skew_forward_kl":
-        return kl(log_p, mixture(alpha), counted)
-    return kl(log_q, mixture(1 - alpha), counted)
+        return kl(log_p, mixed(alpha), counted)
+    return kl(log_q, mixed(1 - alpha), counted)
 
 
-def distill_loss(log_q: Tensor, log_p: Tensor, ids: Tensor, tail: str, name: str, beta: float, alpha: float) -> Tensor:
-    """Equations: docs/math.md (28) to (30). log_q, log_p: [T, vocab]. Returns: [T]."""
-    (student, student_tail), (teacher, teacher_tail) = buckets(log_q, ids), buckets(log_p.detach(), ids)
+def distill_loss(
+    student: Buckets,
+    teacher: Buckets,
+    ids: Tensor,
+    tail: str,
+    name: str,
+    beta: float,
+    alpha: float,
+    floor: float | None = None,
+) -> Tensor:
+    """Equations: docs/math.md (28) to (32). Returns: [T]."""
+    log_q, q_tail = student
+    log_p, p_tail = (value.detach() if floor is None else value.detach().clamp_min(floor) for value in teacher)
     counted = ids >= 0
     if tail == "bucket":
-        student = torch.cat([student, student_tail[:, None]], -1)
-        teacher = torch.cat([teacher, teacher_tail[:, None]], -1)
+        log_q, log_p = torch.cat([log_q, q_tail[:, None]], -1), torch.cat([log_p, p_tail[:, None]], -1)
         counted = torch.nn.functional.pad(counted, (0, 1), value=True)
     elif tail == "renormalize":
-        student = student - torch.logsumexp(student, -1, keepdim=True)
-        teacher = teacher - torch.logsumexp(teacher, -1, keepdim=True)
-    return divergence(student, teacher, counted, name, beta, alpha)
+        log_q, log_p = (
+            values - torch.logsumexp(torch.where(counted, values, -math.inf), -1, keepdim=True)
+            for values in (log_q, log_p)
+        )
+    return divergence(log_q, log_p, counted, name, beta, alpha)
 
 
 def full_loss(log_q: Tensor, log_p: Tensor, name: str, beta: float, alpha: float) -> Tensor:
-    """Equation: docs/math.md (38), equal vocabularies."""
-    return divergence(log_q, log_p.detach(), torch.ones_like(log_q, dtype=torch.bool), name, beta, alpha)
+    """Equations: docs/math.md (38) (39). log_q: [T, student's vocabulary]; log_p: [T, the ids that both have]."""
+    log_p = torch.nn.functional.pad(log_p.detach(), (0, log_q.shape[1] - log_p.shape[1]), value=-math.inf)
+    return divergence(log_q, log_p, torch.ones_like(log_q, dtype=torch.bool), name, beta, alpha)

@@ -1,4 +1,4 @@
-"""One rank of `opd-engine check`: runs every cell; the main rank writes the results and the progress as JSON lines.
+"""One rank of `opd-engine check`: walks every cell, judges its share, and writes what it found as JSON lines.
 
 Started by opd_engine.check with torchrun's variables; not meant to be started by hand.
 """
@@ -7,28 +7,31 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
-from opd_engine.check import cells
+from opd_engine.check.cells import Judged, run_cells
+from opd_engine.check.inputs import Inputs
+from opd_engine.check.table import list_cells
 from opd_engine.parallel.launch import join_world
 
 
 def run(job: dict) -> None:
-    """job: folder, dtypes, device, seed, timeout_s, plant (as opd_engine.check.main writes it)."""
+    """job: results, dtypes, full, device, seed, timeout_s (as opd_engine.check.command writes it)."""
     import torch
 
     torch.set_num_threads(1)  # the rows are few: more threads only wait for each other
+    cells = list_cells(job["full"])
     with join_world(job["device"], timeout_s=job["timeout_s"]) as world, open(job["results"], "a") as results:
-        for dtype in job["dtypes"]:
-            for kind, items in (
-                ("cell", cells.bucket_cells(dtype, world, job["seed"], job["plant"])),
-                ("cell", cells.full_cells(dtype, world, job["seed"], job["plant"])),
-                ("control", cells.controls(dtype, world, job["seed"])),
-            ):
-                for item in items:
-                    if item is not None:
-                        results.write(json.dumps({"kind": kind, **cells.as_json(item)}) + "\n")
-                        results.flush()
+        dtypes = job["dtypes"]
+        for turn, dtype in enumerate(dtypes):
+            inputs = Inputs(getattr(torch, dtype), world, job["seed"])
+            for found in run_cells(cells, inputs, dtype, *(() if job["full"] else (turn, len(dtypes)))):
+                kind = "cell" if isinstance(found, Judged) else "control"
+                results.write(json.dumps({"kind": kind, **asdict(found)}) + "\n")
+                results.flush()  # line by line: the ranks share the file
+            results.write(json.dumps({"kind": "done", "dtype": dtype, "rank": world.rank}) + "\n")
+            results.flush()
 
 
 if __name__ == "__main__":
