@@ -48,6 +48,10 @@ BAD_TEMPERATURES = [
     (-1.0, "temperature: wanted finite and > 0, got -1.0"),
     (math.nan, "temperature: wanted finite and > 0, got nan"),
     (math.inf, "temperature: wanted finite and > 0, got inf"),
+    (1e-320, r"temperature: wanted within \[1.18e-38, 8.51e\+37\], .* torch.float32, got 1e-320"),
+    (1e308, r"temperature: wanted within \[1.18e-38, 8.51e\+37\], .* got 1e\+308"),
+    (torch.tensor([1.0, 1e-39, 1.0, 1.0]), r"temperature: wanted within .* in row 1"),
+    (torch.tensor([1.0, 1.0, 1.0, 1e308], dtype=torch.float64), r"temperature: wanted within .* got 1e\+308 in row 3"),
     ("1", "temperature: wanted a float or a tensor, got str"),
     (True, "temperature: wanted a float or a tensor, got bool"),
     (None, "temperature: wanted a float or a tensor, got NoneType"),
@@ -299,14 +303,20 @@ def test_both_sides_of_a_loss(student, teacher, message):
             distill_loss(student, teacher, divergence=divergence)
 
 
-def test_debug_compares_the_ids_of_both_sides():
+def test_the_ids_of_both_sides_are_compared():
     other = INDICES.clone()
     other[2, 1] = 9
-    distill_loss(scores(), scores(indices=other))
-    with opd_engine.debug():
-        distill_loss(scores(), scores(indices=INDICES.int()))
-        with raises("teacher: wanted the student's ids in the same order, got 9 for 1 in row 2, column 1"):
-            distill_loss(scores(), scores(indices=other))
+    for debug in (False, True):
+        with opd_engine.debug(debug):
+            distill_loss(scores(), scores(indices=INDICES.int()))
+            with raises("teacher: wanted the student's ids in the same order, got 9 for 1 in row 2, column 1"):
+                distill_loss(scores(), scores(indices=other))
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e308])
+def test_a_temperature_that_float64_scores_cannot_divide_by(temperature):
+    with raises(r"temperature: wanted within \[2.23e-308, 4.49e\+307\]"):
+        gather_log_probs(LOGITS.double(), INDICES, temperature=temperature)
 
 
 @pytest.mark.parametrize(

@@ -389,20 +389,6 @@ def test_topk_compiles_as_one_graph():
         assert got.equal(wanted)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda logits: gather_log_probs(logits, INDICES).log_probs.square().sum(),
-        lambda logits: full_distill_loss(logits, rows(1)).square().sum(),
-    ],
-)
-def test_a_second_derivative_is_refused(function):
-    logits = rows().requires_grad_()
-    (grad,) = torch.autograd.grad(function(logits), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_the_graph_lets_go_of_the_logits():
     logits = rows().requires_grad_() * 1.5
     alive = weakref.ref(logits)

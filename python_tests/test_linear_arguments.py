@@ -47,6 +47,7 @@ SHARED = [  # (what is wrong, message)
     ({"logit_softcap": True}, "logit_softcap: wanted a finite number"),
     ({"logit_softcap": float("inf")}, "logit_softcap: wanted a finite number"),
     ({"temperature": 0.0}, "temperature: wanted finite and > 0, got 0.0"),
+    ({"temperature": 1e-320}, "temperature: wanted within"),
     ({"temperature": torch.ones(ROWS + 1)}, "temperature: wanted a number or one per row"),
     ({"shard": "all"}, "shard: wanted a VocabShard or None, got str"),
     ({"shard": VocabShard(0, VOCAB + 1, VOCAB)}, r"weight: wanted 21 rows for the shard \[0, 21\), got 20"),
@@ -60,6 +61,15 @@ LOSSES = [
     ({"token_weights": torch.ones(ROWS, dtype=torch.int64)}, "token_weights: wanted a floating or bool tensor"),
     ({"token_weights": torch.ones(ROWS, requires_grad=True)}, "token_weights: wanted constants"),
     ({"token_weights": torch.ones(ROWS + 1)}, r"token_weights: wanted shape \[4\], got \(5,\)"),
+    (
+        {"token_weights": torch.tensor([1, 1, 0, float("nan")])},
+        "token_weights: wanted finite and >= 0, got nan in row 3",
+    ),
+    ({"token_weights": torch.tensor([1, -0.5, 0, 1])}, "token_weights: wanted finite and >= 0, got -0.5 in row 1"),
+    (
+        {"token_weights": torch.tensor([float("inf"), 1, 1, 1])},
+        "token_weights: wanted finite and >= 0, got inf in row 0",
+    ),
     ({"loss_rows": [0, 1]}, "loss_rows: wanted int64 row numbers .* got list"),
     ({"loss_rows": torch.ones(ROWS, dtype=torch.bool)}, "loss_rows: wanted int64 row numbers .* got torch.bool"),
     ({"loss_rows": torch.tensor([0, ROWS])}, r"loss_rows: wanted rows in \[0, T = 4\), got 4"),

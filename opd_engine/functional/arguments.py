@@ -1,7 +1,7 @@
 """What the public functions accept: every argument checked here, with the name, what was wanted and what came.
 
 Shapes, dtypes and devices are always checked. Values are checked where that costs no synchronisation (Python numbers,
-CPU temperatures); debug mode checks the rest, and then on all ranks of a tensor-parallel group together.
+CPU tensors of one number a row); debug mode checks the rest, and then on all ranks of a tensor-parallel group together.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from opd_engine.ops import DIVERGENCES, TAIL_MODES, debug_enabled
 from opd_engine.parallel.vocab import VocabShard
 
 _LOGIT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+IGNORE_INDEX = -100  # what labels hold, in torch's cross_entropy and in transformers, where a row has none
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -38,6 +39,11 @@ _cached_shard = functools.lru_cache(maxsize=64)(VocabShard)
 def debugging() -> bool:
     """Whether debug mode is on; never while a graph is traced, whose checks could not read a value."""
     return not torch.compiler.is_compiling() and debug_enabled()
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether values may be looked at: on a CPU, where it costs no synchronisation, or under debug."""
+    return debugging() or (tensor.device.type == "cpu" and not torch.compiler.is_compiling())
 
 
 def check_logits(logits: Tensor, name: str) -> None:
@@ -81,10 +87,21 @@ def check_rows(
     return LogitRows(rows, leading_shape, num_rows, score_dtype, shard, scalar, row_temperature)
 
 
+def _wrong_temperature(value: float, score_dtype: torch.dtype) -> str:
+    least = torch.finfo(score_dtype).tiny
+    if not (value > 0 and math.isfinite(value)):
+        return f"temperature: wanted finite and > 0, got {value}"
+    return (
+        f"temperature: wanted within [{least:.3g}, {1 / least:.3g}], where it and its inverse are normal numbers of "
+        f"the scores' {score_dtype}, got {value}"
+    )
+
+
 def check_temperature(
     temperature: float | Tensor, logits: Tensor, leading_shape: torch.Size, num_rows: int, score_dtype: torch.dtype
 ) -> tuple[float, Tensor | None]:
     """(the number, None) or (1, one a row, [num_rows]); logits are what it must share a device with."""
+    least = torch.finfo(score_dtype).tiny
     if isinstance(temperature, Tensor):
         if not temperature.is_floating_point():
             raise ValueError(f"temperature: wanted a floating tensor, got {temperature.dtype}")
@@ -101,23 +118,26 @@ def check_temperature(
         # float64 keeps a temperature that float32 scores would round; half precision is widened.
         wide = temperature.dtype if temperature.dtype == torch.float64 else score_dtype
         rows = temperature.reshape(num_rows).to(wide).contiguous()
-        if debugging() or (rows.device.type == "cpu" and not torch.compiler.is_compiling()):
-            wrong = ~((rows > 0) & rows.isfinite())
+        if reads_values(rows):
+            wrong = ~((rows >= least) & (rows <= 1 / least))
             if bool(wrong.any()):
                 row = int(wrong.nonzero()[0])
-                raise ValueError(f"temperature: wanted finite and > 0, got {float(rows[row])} in row {row}")
+                raise ValueError(f"{_wrong_temperature(float(temperature.reshape(-1)[row]), score_dtype)} in row {row}")
         return 1.0, rows
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):
         raise ValueError(f"temperature: wanted a float or a tensor, got {type(temperature).__name__}")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature: wanted finite and > 0, got {temperature}")
+    if not least <= temperature <= 1 / least:
+        raise ValueError(_wrong_temperature(temperature, score_dtype))
     return float(temperature), None
 
 
 def check_ids(
     ids: Tensor, name: str, logits: Tensor, rows: LogitRows, *, per_row: bool, distinct: bool = False
 ) -> Tensor:
-    """The ids as int64, [T, k] where per_row, else [T]; under debug in range, and distinct within a row."""
+    """The ids as int64, [T, k] where per_row, else targets [T], whose -100 becomes -1.
+
+    Under debug they are in range, and distinct within a row.
+    """
     if not isinstance(ids, Tensor):
         raise ValueError(f"{name}: wanted an integer tensor, got {type(ids).__name__}")
     if ids.dtype not in _ID_DTYPES:
@@ -129,6 +149,8 @@ def check_ids(
         raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(ids.shape)}")
     flat = ids.reshape(rows.num_rows, ids.size(-1)) if per_row else ids.reshape(rows.num_rows)
     flat = flat.to(torch.int64).contiguous()
+    if not per_row:
+        flat = flat.masked_fill(flat == IGNORE_INDEX, -1)
     if debugging():
         _check_id_values(flat if per_row else flat.unsqueeze(1), name, rows.shard.vocab_size, distinct)
     return flat

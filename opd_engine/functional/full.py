@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opd_engine import ops  # noqa: F401  (registers torch.ops.opd_engine)
 from opd_engine.functional.agreement import check_together, check_upstream, describe_rows
@@ -23,6 +22,7 @@ from opd_engine.functional.arguments import (
     debugging,
     shape_choice,
 )
+from opd_engine.ops.autograd import differentiable_once
 from opd_engine.parallel.collectives import all_gather_stacked
 from opd_engine.parallel.vocab import VocabShard, find_tiling_fault
 
@@ -242,7 +242,7 @@ class _FullDivergence(torch.autograd.Function):
         return sums[:, 0].clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("full_distill_loss")
     def backward(ctx, grad_loss: Tensor):
         if ctx.consumed:
             raise RuntimeError(

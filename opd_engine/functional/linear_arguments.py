@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opd_engine.functional.agreement import check_together, describe_rows, fingerprint
-from opd_engine.functional.arguments import check_device, check_temperature, debugging, shape_choice
+from opd_engine.functional.arguments import check_device, check_temperature, debugging, reads_values, shape_choice
 from opd_engine.parallel.collectives import all_gather_stacked
 from opd_engine.parallel.vocab import VocabShard
 
@@ -216,6 +216,11 @@ def check_loss_rows(
             wanted = shape_choice(rows.leading_shape, rows.num_rows)
             raise ValueError(f"token_weights: wanted shape {wanted}, got {tuple(token_weights.shape)}")
         weights = token_weights.reshape(rows.num_rows).to(rows.score_dtype)
+        if reads_values(weights):
+            wrong = ~((weights >= 0) & weights.isfinite())
+            if bool(wrong.any()):
+                row = int(wrong.nonzero()[0])
+                raise ValueError(f"token_weights: wanted finite and >= 0, got {float(weights[row])} in row {row}")
     if loss_rows is None:
         return LossRows(rows.num_rows, weights.contiguous(), None)
     if not isinstance(loss_rows, Tensor) or loss_rows.dtype != torch.int64 or loss_rows.dim() != 1:

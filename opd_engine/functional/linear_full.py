@@ -67,7 +67,7 @@ def linear_full_distill_loss(
         rows, split like hidden with sequence_parallel. Its width and its dtype are its own
     teacher_weight: [width, teacher_hidden_size] of teacher_hidden's dtype, no grad: the rows of the same shard of the
         teacher's head. The vocabularies may differ as in full_distill_loss; row j is the same id on both sides
-    token_weights: [*] or flat [T], floating or bool, constant; None means ones. A row of weight 0 adds exactly 0
+    token_weights: [*] or flat [T], finite and >= 0, or bool, constant; None: ones. A row of weight 0 adds exactly 0
     teacher_bias: [width] of teacher_hidden's dtype, no grad, or None
     teacher_logit_softcap: the teacher's, as logit_softcap
     teacher_vocab_size: the teacher's real vocabulary; None means shard.vocab_size, or the teacher's width where there

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opd_engine import ops  # noqa: F401  (registers torch.ops.opd_engine)
 from opd_engine.functional.agreement import check_upstream
@@ -46,6 +45,7 @@ from opd_engine.functional.linear_gradients import (
 from opd_engine.functional.linear_scores import unpack_gather
 from opd_engine.functional.losses import Divergence, distill_loss
 from opd_engine.functional.token_scores import TokenScores
+from opd_engine.ops.autograd import differentiable_once
 from opd_engine.parallel.collectives import start_all_gather_stacked
 from opd_engine.parallel.vocab import VocabShard
 
@@ -88,7 +88,7 @@ def linear_distill_loss(
         sequence_parallel, this rank's block of dim 0
     weight: [vocab_shard_size, hidden_size] of hidden's dtype: the LM head's rows of this shard (a tied embedding's too)
     teacher: TokenScores [*, k] or flat [T, k], no grad, cast to the score dtype; its ids are the support
-    token_weights: [*] or flat [T], floating or bool, constant; None means ones. A row of weight 0 adds exactly 0
+    token_weights: [*] or flat [T], finite and >= 0, or bool, constant; None: ones. A row of weight 0 adds exactly 0
     divergence: as in distill_loss; a function of the two TokenScores is called once a chunk and must treat rows alike
     beta: 0 <= beta <= 1, for jsd: 0 is forward_kl and 1 is reverse_kl by convention
     alpha: 0 <= alpha < 1, for the skewed ones
@@ -368,7 +368,7 @@ class _LossAndGradients(torch.autograd.Function):
         return loss, token_losses
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("linear loss")
     def backward(ctx, upstream: Tensor, _: Tensor):
         job, grad_scale = ctx.job, ctx.grad_scale
         rows, weight = job.rows, job.rows.head.weight
@@ -391,7 +391,7 @@ class _LossAndGradients(torch.autograd.Function):
             scale = upstream if ctx.magnitude is None else upstream * ctx.magnitude
             for grad in (gradients.hidden, gradients.weight, gradients.bias):
                 if grad is not None:
-                    grad.mul_(scale)
+                    grad.mul_(scale).masked_fill_(scale == 0, 0)  # 0 x NaN: a caller that masks the loss means 0
         return (
             deliver_hidden_gradient(gradients.hidden, rows, weight.dtype, job.chosen.index),
             deliver_weight_gradient(gradients.weight, weight, is_added=gradients.is_added),

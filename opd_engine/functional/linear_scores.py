@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opd_engine import ops  # noqa: F401  (registers torch.ops.opd_engine)
 from opd_engine.functional.agreement import check_upstream
@@ -38,6 +37,7 @@ from opd_engine.functional.linear_chunks import (
 from opd_engine.functional.linear_gradients import deliver_hidden_gradient, deliver_weight_gradient, weight_accumulator
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.ops import NUM_STATS
+from opd_engine.ops.autograd import differentiable_once
 from opd_engine.parallel.collectives import start_all_gather_stacked
 from opd_engine.parallel.vocab import VocabShard
 
@@ -62,7 +62,7 @@ def linear_topk_log_probs(
         sequence_parallel, this rank's block of dim 0
     weight: [vocab_shard_size, hidden_size] of hidden's dtype: the LM head's rows of this shard (a tied embedding's too)
     k: 1 <= k <= vocab_size
-    target: [*] or flat [T], integer or None: one further id a row to score; -1 means absent
+    target: [*] or flat [T], integer or None: one further id a row to score; -1 or -100 means absent
     temperature: float, or [*] or [T], finite and > 0
     bias: [vocab_shard_size] of hidden's dtype, or None
     logit_softcap: c > 0 for logits of c tanh(z / c), or None
@@ -145,7 +145,7 @@ def linear_gather_log_probs(
         sequence_parallel, this rank's block of dim 0
     weight: [vocab_shard_size, hidden_size] of hidden's dtype: the LM head's rows of this shard (a tied embedding's too)
     indices: [*, k] or flat [T, k], integer, global ids, distinct in a row; -1 means absent; k = 0 is legal
-    target: [*] or flat [T], integer or None: one further id a row to score, in the support or not; -1 means absent
+    target: [*] or flat [T], integer or None: one further id a row to score, in the support or not; -1 or -100: absent
     temperature: float, or [*] or [T], finite and > 0, a constant
     bias: [vocab_shard_size] of hidden's dtype, or None
     logit_softcap: c > 0 for logits of c tanh(z / c), or None
@@ -289,7 +289,7 @@ class _LinearGather(torch.autograd.Function):
         return tuple(row_scores)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("linear_gather_log_probs")
     def backward(ctx, d_log_probs, d_tail, d_lse, d_entropy, d_target):
         hidden, weight, bias, stats = ctx.saved_tensors
         job, rows = ctx.job, ctx.job.rows

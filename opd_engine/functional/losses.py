@@ -11,9 +11,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from opd_engine import ops  # noqa: F401  (registers the op and, in ops/autograd.py, its backward)
-from opd_engine.functional.arguments import check_device, check_divergence, check_tail_mode, debugging, shape_choice
+from opd_engine.functional.arguments import (
+    check_device,
+    check_divergence,
+    check_tail_mode,
+    reads_values,
+    shape_choice,
+)
 from opd_engine.functional.token_scores import TokenScores
 
 Divergence = str | Callable[[TokenScores, TokenScores], Tensor]
@@ -31,6 +38,10 @@ def distill_loss(
 ) -> Tensor:
     """The divergence between student and teacher in every row, on the same ids in the same order.
 
+    THE SAME IDS IN THE SAME ORDER: column j of both is one id. Scores at different ids give a number that means
+    nothing. On a CPU they raise; on a GPU looking would stop the host until the device is done, so there they raise
+    under debug alone. Score the teacher at `student.indices`, or bring both to one support first.
+
     Equation: docs/math.md (16) to (20) on the buckets (28) to (30), floor (31), (32); its gradient (23) to (27)
     student: TokenScores [*, k], float64 or float32; the loss flows back through log_probs and tail_log_prob
     teacher: TokenScores [*, k] or flat [T, k], no grad, cast to the student's dtype
@@ -42,12 +53,13 @@ def distill_loss(
         "renormalize" (both distributions conditioned on the support)
     teacher_log_prob_min: floor of the teacher's log-probs, <= 0, or None for off
     Returns: [*] of the student's dtype. Rows that do not count are to be masked with torch.where, never by x 0.
-    Raises: ValueError where an argument is not as above, shapes or devices differ, or a teacher score requires grad;
-        under debug also where the ids differ. Arguments that the divergence does not use are ignored.
+    Raises: ValueError where an argument is not as above, shapes or devices differ, a teacher score requires grad, or
+        the ids differ (on a CPU, and everywhere under debug). Arguments that the divergence does not use are ignored.
     Communicates: nothing. Mutates: nothing.
     Precision: the student's dtype; terms whose buckets sum to 1 are computed in forms that do not cancel.
     Grad: for student.log_probs and student.tail_log_prob, once differentiable; absent ids and rows whose upstream
-        gradient is zero receive exactly 0. A user's function differentiates whatever it reads.
+        gradient is zero receive exactly 0, also where a user's function, which differentiates whatever it reads,
+        brings NaN there (outside torch.compile).
     Source: the tail bucket follows from the data-processing inequality (a lower bound of the full divergence); the
         generalised JSD is that of GKD (Agarwal et al., 2023), the skewed ones that of DistiLLM (Ko et al., 2024).
     """
@@ -93,11 +105,11 @@ def _check_scores(student: TokenScores, teacher: TokenScores) -> tuple[TokenScor
     check_device(teacher.log_probs, "teacher", student.log_probs, "the student")
     if teacher.leading_shape != student.leading_shape:
         teacher = teacher.reshape(*student.leading_shape)
-    if debugging():
-        differs = (student.indices != teacher.indices).reshape(num_rows, -1)
+    if student.indices is not teacher.indices and reads_values(student.indices):
+        differs = (student.indices != teacher.indices).reshape(num_rows, student.k)
         if bool(differs.any()):
             row, column = differs.nonzero()[0].tolist()
-            theirs, ours = (one.indices.reshape(num_rows, -1)[row, column].item() for one in (teacher, student))
+            theirs, ours = (one.indices.reshape(num_rows, student.k)[row, column].item() for one in (teacher, student))
             raise ValueError(
                 f"teacher: wanted the student's ids in the same order, got {theirs} for {ours} in row {row}, "
                 f"column {column}"
@@ -111,11 +123,60 @@ def _score_names(scores: TokenScores) -> list[str]:
 
 
 def _user_loss(divergence: Callable[[TokenScores, TokenScores], Tensor], student: TokenScores, teacher: TokenScores):
-    loss = divergence(student, teacher)
+    watched = student.requires_grad and not torch.compiler.is_compiling()
+    masked = _MaskedRows()
+    loss = divergence(masked.keep_clean(student) if watched else student, teacher)
     if not isinstance(loss, Tensor) or loss.shape != student.leading_shape or not loss.is_floating_point():
         got = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
             "divergence: wanted a function that gives one floating loss per row, "
             f"{list(student.leading_shape)}, got {got}"
         )
-    return loss.to(student.log_probs.dtype)
+    loss = loss.to(student.log_probs.dtype)
+    return _Watch.apply(loss, masked) if watched else loss
+
+
+class _MaskedRows:
+    """Which rows of one loss its caller masked: their upstream gradient is 0, known once the backward is there.
+
+    A user's function multiplies it by derivatives of its own, and 0 x NaN is NaN; those do not count.
+    """
+
+    rows: Tensor | None = None  # [*] bool
+
+    def keep_clean(self, student: TokenScores) -> TokenScores:
+        """The scores, whose gradient in masked rows is 0 where it would not be finite."""
+        fields = {name: getattr(student, name) for name in _score_names(student)}
+        fields = {name: _Clean.apply(value, self) if value.requires_grad else value for name, value in fields.items()}
+        return TokenScores(indices=student.indices, **fields)
+
+
+class _Watch(Function):
+    """A loss per row, unchanged; its backward, the first of the loss, sees which rows are masked."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, masked: _MaskedRows) -> Tensor:
+        ctx.masked = masked
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        ctx.masked.rows = upstream == 0
+        return upstream, None
+
+
+class _Clean(Function):
+    """Scores, unchanged; differentiable as often as the user's function is."""
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, masked: _MaskedRows) -> Tensor:
+        ctx.masked = masked
+        return scores.view_as(scores)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        rows = ctx.masked.rows
+        if rows is None:  # the function kept the scores and differentiates them on its own
+            return gradient, None
+        rows = rows.unsqueeze(-1) if gradient.dim() > rows.dim() else rows
+        return torch.where(rows & ~gradient.isfinite(), 0, gradient), None

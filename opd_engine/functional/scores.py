@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opd_engine import ops  # noqa: F401  (registers torch.ops.opd_engine)
 from opd_engine.functional.agreement import check_together, check_upstream, describe_rows
@@ -21,6 +20,7 @@ from opd_engine.functional.arguments import (
     debugging,
 )
 from opd_engine.functional.token_scores import TokenScores
+from opd_engine.ops.autograd import differentiable_once
 from opd_engine.parallel.collectives import all_gather_stacked, all_reduce_sum_
 from opd_engine.parallel.vocab import VocabShard
 
@@ -41,7 +41,7 @@ def topk_log_probs(
     Equation: docs/math.md (6) to (9), order and merge (10) to (15)
     logits: [*, vocab_shard_size], float64, float32, bfloat16 or float16, any leading strides, final (soft-capped)
     k: 1 <= k <= vocab_size
-    target: [*] or flat [T], integer or None: one further id a row to score; -1 means absent
+    target: [*] or flat [T], integer or None: one further id a row to score; -1 or -100 means absent
     temperature: float, or [*] or [T], finite and > 0
     shard: which columns these are; None means the whole vocabulary
     Returns: TokenScores with every field but, without a target, target_log_prob. A row with fewer than k finite
@@ -97,7 +97,7 @@ def gather_log_probs(
     Equation: docs/math.md (6) to (13), backward (36), (37), shards (49), (50)
     logits: [*, vocab_shard_size], float64, float32, bfloat16 or float16, any leading strides, final (soft-capped)
     indices: [*, k] or flat [T, k], integer, global ids, distinct in a row; -1 means absent; k = 0 is legal
-    target: [*] or flat [T], integer or None: one further id a row to score, in the support or not; -1 means absent
+    target: [*] or flat [T], integer or None: one further id a row to score, in the support or not; -1 or -100: absent
     temperature: float, or [*] or [T], finite and > 0, a constant
     shard: which columns these are; None means the whole vocabulary
     inplace_backward: the backward writes the gradient over the logits. For logits that an operation computed and
@@ -210,7 +210,7 @@ class _GatherScores(torch.autograd.Function):
         return tuple(row_scores)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("gather_log_probs")
     def backward(ctx, d_log_probs, d_tail, d_lse, d_entropy, d_target):
         if ctx.consumed:
             raise RuntimeError(

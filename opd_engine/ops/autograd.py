@@ -1,7 +1,10 @@
 """Backward formulas of the two ops that are differentiable by themselves; the rest are differentiated one floor up.
 
-Both give first derivatives only: a second one would be incomplete, so asking for it raises.
+All give first derivatives only: a second one would be incomplete, so asking for it raises (differentiable_once).
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -41,11 +44,27 @@ class _DifferentiableOnce(torch.autograd.Function):
         raise RuntimeError(f"{ctx.op}: differentiable once; its gradient was differentiated again")
 
 
-def _final(gradient: Tensor, op: str) -> Tensor:
-    # Grad mode is on in a backward under create_graph alone. The anchor ties what has no graph of its own to the error.
-    if not torch.is_grad_enabled():
-        return gradient
-    return _DifferentiableOnce.apply(gradient, torch.empty(0, requires_grad=True), op)
+def differentiable_once(op: str) -> Callable[[Callable], Callable]:
+    """For the backward of an autograd.Function: its gradients raise, by the op's name, where they are differentiated.
+
+    torch's once_differentiable drops a second derivative without a word where no upstream gradient requires grad.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def once(ctx, *upstream):
+            with torch.no_grad():
+                gradients = backward(ctx, *upstream)
+            # Grad mode is on in a backward under create_graph alone. The anchor ties what has no graph to the error.
+            if not torch.is_grad_enabled():
+                return gradients
+            anchor = torch.empty(0, requires_grad=True)
+            several = gradients if isinstance(gradients, tuple) else (gradients,)
+            return tuple(None if one is None else _DifferentiableOnce.apply(one, anchor, op) for one in several)
+
+        return once
+
+    return decorate
 
 
 def _gather_setup(ctx, inputs, output):
@@ -54,6 +73,7 @@ def _gather_setup(ctx, inputs, output):
     ctx.save_for_backward(logits, indices, target, row_temperature, output[5])
 
 
+@differentiable_once("gather_log_probs")
 def _gather_backward(ctx, d_log_probs, d_tail, d_lse, d_entropy, d_target, _d_stats):
     logits, indices, target, row_temperature, stats = ctx.saved_tensors
     rows, k = indices.shape
@@ -62,7 +82,7 @@ def _gather_backward(ctx, d_log_probs, d_tail, d_lse, d_entropy, d_target, _d_st
     gradient = torch.ops.opd_engine.scores_backward(
         logits, indices, target, stats, upstream, 0, ctx.vocab_size, ctx.temperature, row_temperature
     )
-    return _final(gradient, "gather_log_probs"), None, None, None, None, None
+    return gradient, None, None, None, None, None
 
 
 register_autograd("opd_engine::gather_log_probs", _gather_backward, setup_context=_gather_setup)
@@ -74,14 +94,14 @@ def _bucket_setup(ctx, inputs, output):
     ctx.save_for_backward(grad_log_probs, grad_tail)
 
 
+@differentiable_once("bucket_divergence")
 def _bucket_backward(ctx, d_loss, _d_grad_log_probs, _d_grad_tail):
     grad_log_probs, grad_tail = ctx.saved_tensors
     # A row the caller masked has a zero upstream gradient and may have an infinite derivative: 0 x inf is not 0.
     masked = d_loss == 0
     d_log_probs = torch.where(masked[:, None], 0, grad_log_probs * d_loss[:, None])
     d_tail = torch.where(masked, 0, grad_tail * d_loss)
-    gradients = (_final(gradient, "bucket_divergence") for gradient in (d_log_probs, d_tail))
-    return None, *gradients, None, None, None, None, None, None, None
+    return None, d_log_probs, d_tail, None, None, None, None, None, None, None
 
 
 register_autograd("opd_engine::bucket_divergence", _bucket_backward, setup_context=_bucket_setup)

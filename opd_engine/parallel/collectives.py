@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from opd_engine.ops.autograd import differentiable_once
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -275,7 +276,7 @@ class _AllGatherReplicated(torch.autograd.Function):
         return all_gather_stacked(tensor, group)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("all_gather_replicated")
     def backward(ctx, grad: Tensor):
         return grad[ctx.rank], None
 

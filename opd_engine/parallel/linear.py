@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from opd_engine.ops.autograd import differentiable_once
 from opd_engine.parallel.collectives import all_reduce_sum_
 from opd_engine.parallel.vocab import VocabShard
 
@@ -70,7 +70,7 @@ class _VocabParallelLinear(torch.autograd.Function):
         return torch.nn.functional.linear(hidden, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("vocab_parallel_lm_head")
     def backward(ctx, grad_logits: Tensor):
         hidden, weight = ctx.saved_tensors
         num_rows = math.prod(hidden.shape[:-1])  # spelled out: a shard of zero width leaves nothing to infer it from
