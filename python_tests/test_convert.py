@@ -99,6 +99,33 @@ def test_a_conversion_that_dies_leaves_the_old_target_and_its_remains_are_cleare
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 
+def test_a_target_that_is_holds_or_links_to_its_source_is_refused_and_nothing_is_lost(tmp_path, capsys):
+    source = tmp_path / "here" / "hf"
+    source.parent.mkdir()
+    write_folder(source, "llama tied")
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "files").mkdir()  # a folder whose files lie in another, as a hub's cache has them
+    for file in source.iterdir():
+        (tmp_path / "files" / file.name).symlink_to(file)
+    to_megatron(source, tmp_path / "megatron")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    megatron = tmp_path / "megatron"
+    for arguments in (
+        [source, source],
+        [source, tmp_path / "link"],
+        [tmp_path / "link", source],
+        [source, source / "megatron"],
+        [source, source.parent],
+        [source, tmp_path / "here" / ".." / "here" / "hf"],
+        [tmp_path / "files", source],
+        [megatron, megatron],
+        [megatron, source, "--like", source],
+    ):
+        assert main([*map(str, arguments), "--overwrite"]) == 2, arguments
+        assert "hold or link to each other" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def big_folder(folder) -> int:
     """A model of 243 MB whose largest tensor has 17 MB. Returns: its bytes."""
     config = {"model_type": "qwen3", "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}

@@ -77,6 +77,7 @@ def to_megatron(
         target that is there, or a full disk; and where the result does not read back as it was written.
     """
     source, target = Path(source), Path(target)
+    check_apart(target, source=source)
     shape = GPTShape.read(source, argument="source")
     folder = SafetensorsFolder(source, argument="source")
     _check_tensors(shape, folder, source)
@@ -142,6 +143,7 @@ def to_hugging_face(
     shard_bytes: most tensor bytes in a file. The rest, Returns and Raises as to_megatron.
     """
     source, target = Path(source), Path(target)
+    check_apart(target, source=source, like=like)
     texts = Path(like) if like is not None else source
     if not (texts / "config.json").is_file():
         raise ValueError(
@@ -275,6 +277,26 @@ def _check_tensors(shape: GPTShape, folder: SafetensorsFolder, source: Path) -> 
     more = sorted(n for n in found if n not in known and n != "lm_head.weight" and not n.endswith(_IGNORED))
     if more:
         raise ValueError(f"source: {source} has {len(more)} tensors that no {shape.family} has: {', '.join(more[:3])}")
+
+
+def check_apart(target: str | Path, **others: str | Path | None) -> None:
+    """Refuse a target that is, holds, lies in or is linked to by a folder that is read: replacing it would destroy it.
+
+    others: argument -> folder; None where there is none
+
+    Raises: ValueError naming the two.
+    """
+    there = Path(target).resolve()
+    for name, folder in others.items():
+        if folder is None:
+            continue
+        here = Path(folder).resolve()
+        files = [file.resolve() for file in here.rglob("*")] if here.is_dir() else []
+        if here == there or here in there.parents or there in here.parents or any(there in f.parents for f in files):
+            raise ValueError(
+                f"target: wanted a folder apart from {name} {str(folder)!r}, got {str(target)!r}: the two are, hold or "
+                "link to each other, so that writing the one would destroy the other"
+            )
 
 
 @contextlib.contextmanager
