@@ -23,7 +23,7 @@ _SHORTHANDS = (
 
 def _train_parser(commands) -> None:
     from opd_engine.train.config import all_settings
-    from opd_engine.train.settings import add_flags
+    from opd_engine.train.settings import Once, add_flags
 
     parser = commands.add_parser(
         "train",
@@ -37,7 +37,9 @@ def _train_parser(commands) -> None:
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="TOML file; without one, defaults and flags")
     for flag, key, metavar, text in _SHORTHANDS:
-        parser.add_argument(flag, dest=key, metavar=metavar, default=argparse.SUPPRESS, help=f"{text} (--{key})")
+        parser.add_argument(
+            flag, dest=key, metavar=metavar, action=Once, default=argparse.SUPPRESS, help=f"{text} (--{key})"
+        )
     for flag, text in (
         ("resume", "refuse to begin where --output-dir holds no run to continue"),
         ("overwrite", "discard the run in --output-dir"),

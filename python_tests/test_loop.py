@@ -8,9 +8,9 @@ import torch
 
 from opd_engine.parallel.launch import World
 from opd_engine.teachers import LocalTeacher, TeacherPool
-from opd_engine.train.arithmetic import make_tokenizer
 from opd_engine.train.assembly import Assembly
 from opd_engine.train.config import TrainConfig
+from opd_engine.train.examples.arithmetic import make_tokenizer
 from opd_engine.train.experiment import Experiment
 from opd_engine.train.journal import read_metrics, without_measurements
 from opd_engine.train.loop import Trainer

@@ -17,8 +17,8 @@ from opd_engine.report.figures import make_figures
 from opd_engine.report.page import render
 from opd_engine.report.runs import read_runs
 from opd_engine.train import loop
-from opd_engine.train.arithmetic import TASKS, split_problems
 from opd_engine.train.config import TrainConfig, config_from_toml
+from opd_engine.train.examples.arithmetic import TASKS, split_problems
 from opd_engine.train.experiment import prepare
 from opd_engine.train.journal import read_metrics
 

@@ -10,7 +10,7 @@ from opd_engine.integrations.hf import load_model, load_tokenizer, make_backend
 from opd_engine.integrations.hf.backend import even_shard
 from opd_engine.parallel.vocab import VocabShard
 from opd_engine.teachers.protocols import ModelBackend, ProjectingBackend
-from opd_engine.train.arithmetic import make_tokenizer
+from opd_engine.train.examples.arithmetic import make_tokenizer
 from ranks import run_ranks
 from tiny_models import wide_qwen3, write_model
 

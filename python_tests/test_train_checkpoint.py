@@ -17,7 +17,6 @@ from opd_engine.distillation.config import OPDConfig
 from opd_engine.integrations.fsdp import FSDPActor
 from opd_engine.integrations.hf.models import load_model
 from opd_engine.parallel.launch import World
-from opd_engine.train.arithmetic import make_tokenizer
 from opd_engine.train.checkpoint import (
     CheckpointError,
     checkpoint_folder,
@@ -28,6 +27,7 @@ from opd_engine.train.checkpoint import (
     write_text,
 )
 from opd_engine.train.checkpoints import Checkpoints
+from opd_engine.train.examples.arithmetic import make_tokenizer
 from tiny_models import wide_qwen3
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

@@ -1,6 +1,7 @@
 """Settings: one declaration behind TOML, flags and help; every mistake is named with what was wanted and what came."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,11 @@ def test_help_explains_every_key(capsys):
         main(["train", "--help"])
     assert stop.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
+    assert len(re.findall(r"--[a-z]+\.[a-z_0-9.]+ (?:INT|FLOAT|TEXT|JSON|\[true)", shown)) <= 75
     for setting in all_settings():
-        assert f"--{setting.key}" in shown
+        assert (f"--{setting.key} " in shown) is not bool(setting.metadata.get("rare"))
+        if setting.metadata.get("rare"):
+            continue
         assert " ".join(setting.describe().split())[:30] in shown
     assert "--teacher NAME=DIR" in shown and "--prompts FILE" in shown and "--resume" in shown
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from opd_engine.train.arithmetic import make_tokenizer
-from opd_engine.train.config import ModelShape
-from opd_engine.train.pretrain import make_model
+from opd_engine.train.examples.arithmetic import make_tokenizer
+from opd_engine.train.examples.pretrain import make_model
+from opd_engine.train.examples.settings import ModelShape
 
 SHAPE = ModelShape(hidden_size=32, num_layers=2, num_heads=2, head_dim=16, feed_forward_size=64)
 

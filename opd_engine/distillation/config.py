@@ -18,8 +18,9 @@ MIXTURES = ("route", "arithmetic", "geometric", "loss_sum")
 LOSS_TYPES = ("distill", "advantage")
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+def _help(text: str, *, rare: bool = False) -> dict[str, Any]:
+    """rare: a command line takes it without showing it."""
+    return {"help": text, "rare": rare}
 
 
 @dataclass
@@ -93,7 +94,8 @@ class OPDConfig:
         default=1, metadata=_help("optimizer steps that use each sample; its scores are freed after")
     )
     score_batch_tokens: int = field(
-        default=8192, metadata=_help("tokens in one scoring forward; bounds the [rows, vocab] that exist at once")
+        default=8192,
+        metadata=_help("tokens in one scoring forward; bounds the [rows, vocab] that exist at once", rare=True),
     )
     tasks: tuple[str, ...] = field(
         default=(), metadata=_help("tasks whose metrics are kept apart, by the samples' task names")
@@ -103,17 +105,19 @@ class OPDConfig:
         metadata=_help("measure how much of the student's and the teachers' top-k is shared; free with support union"),
     )
     check_teachers: bool = field(
-        default=True, metadata=_help("end the run where a teacher's scores are NaN, no distribution, or all the same")
+        default=True,
+        metadata=_help("end the run where a teacher's scores are NaN, no distribution, or all the same", rare=True),
     )
     keep_teacher_hidden: bool = field(
         default=False,
         metadata=_help(
             "keep the teachers' hidden states, not scores, and choose the student's top-k in the training forward: "
-            "saves the old policy's pass, for hidden_size x 2 bytes a token; one optimizer step a rollout"
+            "saves the old policy's pass, for hidden_size x 2 bytes a token; one optimizer step a rollout",
+            rare=True,
         ),
     )
     inplace_backward: bool = field(
-        default=False, metadata=_help("overwrite the student's logits with their gradient in the backward")
+        default=False, metadata=_help("overwrite the student's logits with their gradient in the backward", rare=True)
     )
 
     @property

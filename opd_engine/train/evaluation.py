@@ -70,7 +70,9 @@ class Evaluator:
         if passages := self.experiment.passages.get(teacher, [])[:limit]:
             pairs = [(passages[index][:1], passages[index][1:]) for index in deal(len(passages))]
         else:
-            prompts = [p for prompts in self._held_out().values() for p in prompts if p.teacher in ("", teacher)]
+            prompts = [
+                p for prompts in self._held_out().values() for p in prompts if teacher in (p.teachers or (teacher,))
+            ]
             own = deal(len(prompts))
             ids = [prompts[index].token_ids for index in own]
             written = self.parts.engine.generate(ids, self.sampling, seed=sample_seeds(self.seed, 0, own))
@@ -129,11 +131,11 @@ class Evaluator:
 
     def measure_teachers(self) -> dict[str, dict[str, float]]:
         """{"accuracy": {task: value}, "perplexity": {name: value}}, each task and text by its own teacher."""
-        own = {task: prompts[0].teacher for task, prompts in self._held_out().items()}
+        own = {task: prompts[0].teachers for task, prompts in self._held_out().items()}
         accuracy, perplexity = {}, {}
         for name in self.parts.teachers.names:
             if name in self.parts.teacher_engines:
-                tasks = [task for task, teacher in own.items() if teacher == name]
+                tasks = [task for task, teachers in own.items() if name in teachers]
                 accuracy |= self.accuracy(self.parts.teacher_engines[name], tasks)
             perplexity |= self.perplexity(self.parts.teachers[name], [name])
         return {"accuracy": accuracy, "perplexity": perplexity}

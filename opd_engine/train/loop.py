@@ -30,13 +30,14 @@ from opd_engine.train.backends import backend, check_capabilities
 from opd_engine.train.checkpoint import load_state, write_text
 from opd_engine.train.checkpoints import Checkpoints
 from opd_engine.train.config import TrainConfig
+from opd_engine.train.cursor import PromptCursor
 from opd_engine.train.evaluation import Evaluator
 from opd_engine.train.experiment import Experiment, prepare
 from opd_engine.train.journal import METRICS_FILE, Journal, read_metrics
+from opd_engine.train.learning_rate import learning_rate_factor
 from opd_engine.train.plots import draw_plots
-from opd_engine.train.pretrain import learning_rate_factor
 from opd_engine.train.progress import Progress
-from opd_engine.train.prompts import Prompt, PromptCursor
+from opd_engine.train.prompts import Prompt
 from opd_engine.train.run_folder import CHECKPOINTS, RunFolder, folder_identity, opened
 from opd_engine.train.samples import append_samples, choose
 from opd_engine.train.settings import ConfigError

@@ -190,7 +190,7 @@ class Progress:
         console = self._console()
         if console is None or total == 0:
             if self._shown and total:
-                print(f"{title}: {total} steps", file=sys.stderr, flush=True)
+                print(f"{title}: {total:,} steps" if "making" in title else title, file=sys.stderr, flush=True)
             return lambda step, loss: None
         from rich.progress import Progress as Bars
 
@@ -199,7 +199,7 @@ class Progress:
         bars.start()
 
         def on_step(step: int, loss: float) -> None:
-            bars.update(task, completed=step + 1, loss=f"loss {loss:.3f}")
+            bars.update(task, completed=step + 1, loss="" if math.isnan(loss) else f"loss {loss:.3f}")
             if step + 1 == total:
                 bars.stop()
 

@@ -20,11 +20,11 @@ from opd_engine.parallel.collectives import barrier
 from opd_engine.parallel.launch import World
 from opd_engine.train.checkpoint import list_checkpoints, remove_leftovers, write_text
 from opd_engine.train.config import TrainConfig, config_from_toml, config_to_toml, differences
+from opd_engine.train.examples.workshop import MODELS
 from opd_engine.train.journal import EVENTS_FOLDER, METRICS_FILE
 from opd_engine.train.samples import SAMPLES_FILE, forget_after
 from opd_engine.train.settings import ConfigError
 from opd_engine.train.summary import SUMMARY_FILE
-from opd_engine.train.workshop import MODELS
 
 CONFIG_FILE = "config.toml"
 CHECKPOINTS = "checkpoints"

@@ -1,6 +1,7 @@
 """Nested dataclasses as settings: one declaration gives the TOML keys, the command-line flags, the help and the checks.
 
-Each field's metadata may hold: help, unit, min, max, choices. Imports neither torch nor transformers.
+Each field's metadata may hold: help, unit, min, max, choices, rare (a flag that help leaves out), hidden (no setting of
+its own). Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -52,6 +54,10 @@ def show(value: Any) -> str:
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(name)} = {show(entry)}" for name, entry in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(show, value)) + "]"
     return repr(value)
 
 
@@ -73,6 +79,8 @@ def _unwrap(annotation: Any) -> tuple[type, bool, tuple[str, ...] | None]:
             (kind for kind in (bool, int, float, str) if kinds == {kind}), float if kinds <= {int, float} else str
         )
         return kind, len(members) < len(typing.get_args(annotation)), plain[0][2]
+    if origin is dict:
+        return dict, False, None
     if origin is typing.Literal:
         return str, False, tuple(typing.get_args(annotation))
     return annotation, False, None
@@ -84,8 +92,16 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
 
 
-def leaves(schema: type, prefix: str = "", defaults: Any = None) -> list[Setting]:
-    """Every setting of a nested dataclass, in order; fields whose metadata says `hidden` are left out."""
+def described(default: Any, help_text: str, **metadata: Any) -> Any:
+    """A field of a section, with its help and what else its metadata holds."""
+    return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
+
+
+def leaves(schema: type, prefix: str = "", defaults: Any = None, *, rare: bool = False) -> list[Setting]:
+    """Every setting of a nested dataclass, in order; fields whose metadata says `hidden` are left out.
+
+    rare: all of them are
+    """
     hints = typing.get_type_hints(schema)
     found: list[Setting] = []
     for field in dataclasses.fields(schema):
@@ -93,12 +109,15 @@ def leaves(schema: type, prefix: str = "", defaults: Any = None) -> list[Setting
             continue
         annotation = hints[field.name]
         default = _default(field) if defaults is None else getattr(defaults, field.name)
+        own = {"rare": True} if rare or field.metadata.get("rare") else {}
         if dataclasses.is_dataclass(annotation):
-            found += leaves(annotation, f"{prefix}{field.name}.", default)
+            found += leaves(annotation, f"{prefix}{field.name}.", default, rare=bool(own))
             continue
         kind, optional, choices = _unwrap(annotation)
-        metadata = dict(field.metadata) | ({"choices": choices} if choices and "choices" not in field.metadata else {})
-        if kind not in (bool, int, float, str):
+        metadata = (
+            dict(field.metadata) | own | ({"choices": choices} if choices and "choices" not in field.metadata else {})
+        )
+        if kind not in (bool, int, float, str, dict):
             continue
         found.append(Setting(prefix + field.name, kind, optional, default, metadata))
     return found
@@ -149,6 +168,11 @@ def parse_text(setting: Setting, text: str) -> Any:
         return None
     if setting.kind is bool:
         return {"true": True, "false": False, "yes": True, "no": False}.get(text.lower(), text)
+    if setting.kind is dict:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
     if setting.kind in (int, float):
         try:
             return setting.kind(text)
@@ -157,15 +181,17 @@ def parse_text(setting: Setting, text: str) -> Any:
     return text
 
 
-def flatten_tables(tables: Mapping[str, Any], stop: Iterable[str] = (), prefix: str = "") -> dict[str, Any]:
-    """Nested TOML tables as {dotted key: value}; tables under a key in `stop` are left out."""
+def flatten_tables(
+    tables: Mapping[str, Any], stop: Iterable[str] = (), whole: Iterable[str] = (), prefix: str = ""
+) -> dict[str, Any]:
+    """Nested TOML tables as {dotted key: value}; tables under a key in `stop` are left out, in `whole` are values."""
     flat: dict[str, Any] = {}
     for name, value in tables.items():
         key = prefix + name
         if key in stop:
             continue
-        if isinstance(value, Mapping):
-            flat |= flatten_tables(value, stop, f"{key}.")
+        if isinstance(value, Mapping) and key not in whole:
+            flat |= flatten_tables(value, stop, whole, f"{key}.")
         else:
             flat[key] = value
     return flat
@@ -186,6 +212,16 @@ def look_up(source: Any, key: str) -> Any:
     return source
 
 
+class Once(argparse.Action):
+    """Stores a value; a second one for the same setting would silently win. Raises: ValueError with both."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.dest in vars(namespace):
+            before = getattr(namespace, self.dest)
+            raise ValueError(f"{option_string}: given twice, {before!r} and {values!r}; wanted one value")
+        setattr(namespace, self.dest, values)
+
+
 def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
     """One flag a setting, `--section.key VALUE`, grouped by section; a bare boolean means true. Mutates: parser."""
     groups: dict[str, Any] = {}
@@ -194,12 +230,14 @@ def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> N
         group = groups.setdefault(section, None) or parser.add_argument_group(f"[{section}]")
         groups[section] = group
         optional_value = {"nargs": "?", "const": "true"} if setting.kind is bool else {}
+        shown = argparse.SUPPRESS if setting.metadata.get("rare") else setting.describe().replace("%", "%%")
         group.add_argument(
             f"--{setting.key}",
             dest=setting.key,
-            metavar={bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}[setting.kind],
+            metavar={bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT", dict: "JSON"}[setting.kind],
+            action=Once,
             default=argparse.SUPPRESS,
-            help=setting.describe().replace("%", "%%"),
+            help=shown,
             **optional_value,
         )
 

@@ -43,6 +43,7 @@ def check_capabilities(config: TrainConfig, can: Capabilities) -> None:
 def _require(can: Capabilities, key: str, value: object, allowed: tuple, field: str) -> None:
     if value in allowed:
         return
+    field = field if field in can.why or field not in ("dp", "tp", "pp", "cp") else "axes"
     why = f": {can.why[field]}" if field in can.why else ""
     wanted = " or ".join(map(str, allowed))
     raise ConfigError(f"{key}: wanted {wanted} for the {can.actor} actor, got {value}{why}")

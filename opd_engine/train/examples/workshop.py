@@ -14,8 +14,9 @@ import torch
 
 from opd_engine.integrations.hf.models import save_model
 from opd_engine.train.checkpoint import whole_or_absent
-from opd_engine.train.config import ModelShape, Supervision
-from opd_engine.train.pretrain import make_model, train_on_sequences
+from opd_engine.train.examples.pretrain import make_model, train_on_sequences
+from opd_engine.train.examples.settings import ModelShape, Supervision
+from opd_engine.train.experiment import ShowProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +28,6 @@ MODELS = "models"
 _RECIPE = 1
 
 DrawBatch = Callable[[torch.Generator], tuple[torch.Tensor, torch.Tensor]]
-ShowProgress = Callable[[str, int], Callable[[int, float], None]]
 
 
 @dataclass(frozen=True)

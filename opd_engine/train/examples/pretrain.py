@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from opd_engine.train.config import ModelShape, Supervision
+from opd_engine.train.examples.settings import ModelShape, Supervision
+from opd_engine.train.learning_rate import learning_rate_factor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,12 +47,6 @@ def make_model(shape: ModelShape, vocab_size: int, tokenizer: PreTrainedTokenize
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen3ForCausalLM(config).float()
-
-
-def learning_rate_factor(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Linear warm-up, then linear decay to 0 after the last of total_steps; step counts from 0."""
-    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
-    return warmup * max(0.0, 1.0 - step / max(1, total_steps))
 
 
 def train_on_sequences(
