@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def check_pairs(config: TrainConfig) -> None:
     """Raises: ConfigError with the key, what was wanted, what came and why."""
-    _check_data(config)
     _check_sampling(config)
+    _check_data(config)
     _check_places(config)
     opd, rollout = config.opd, config.rollout
     if rollout.top_logprobs and opd.support != "rollout":

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from opd_engine.integrations.hf.models import max_positions
+
 
 @dataclass(frozen=True)
 class Way:
@@ -122,12 +124,14 @@ def find_way(model: nn.Module) -> Way:
     if model in _FOUND:
         return _FOUND[model]
     vocab_size = model.get_input_embeddings().weight.shape[0]
+    room = (max_positions(model) or sum(_LENGTHS) + _STEPS) - _STEPS
+    lengths = [max(1, min(length, room)) for length in _LENGTHS]
     ids = [
         [(7 + 13 * place + 5 * row) % vocab_size for place in range(length + _STEPS)]
-        for row, length in enumerate(_LENGTHS)
+        for row, length in enumerate(lengths)
     ]
     plain: list[Tensor] = []
-    for row, length in zip(ids, _LENGTHS):
+    for row, length in zip(ids, lengths):
         try:
             whole = model(input_ids=torch.tensor([row], device=next(model.parameters()).device), use_cache=False).logits
         except Exception as error:
@@ -138,7 +142,7 @@ def find_way(model: nn.Module) -> Way:
     said = []
     for way in WAYS:
         try:
-            gap = max(float((own - theirs).abs().max()) for own, theirs in zip(_tried(model, ids, way), plain))
+            gap = max(float((own - theirs).abs().max()) for own, theirs in zip(_tried(model, ids, lengths, way), plain))
         except Exception as error:  # models fail in many ways where a cache is not theirs
             said.append(f"{way}: {_first_line(error)}")
             continue
@@ -159,16 +163,16 @@ def find_way(model: nn.Module) -> Way:
     )
 
 
-def _tried(model: nn.Module, ids: list[list[int]], way: Way) -> list[Tensor]:
+def _tried(model: nn.Module, ids: list[list[int]], lengths: list[int], way: Way) -> list[Tensor]:
     """Per sequence the logits after its prompt and each of the steps: [steps, vocab]."""
     found: list[list[Tensor]] = [[] for _ in ids]
-    prompts = [row[:length] for row, length in zip(ids, _LENGTHS)]
+    prompts = [row[:length] for row, length in zip(ids, lengths)]
     for group in groups(prompts, way):
         reader = Reader(model, [prompts[index] for index in group], ids[0][0], way)
         for step in range(_STEPS):
             for index, logits in zip(group, reader.logits()):
                 found[index].append(logits.double())
-            reader.append(torch.tensor([ids[index][_LENGTHS[index] + step] for index in group]))
+            reader.append(torch.tensor([ids[index][lengths[index] + step] for index in group]))
     return [torch.stack(rows) for rows in found]
 
 
