@@ -217,7 +217,7 @@ def run_cells(
         limits = limits_of(cell, inputs) if judges else None
         if limits is not None:
             yield _judged(cell, dtype, judge(answer, limits), same)
-            for name, measure, spoiled in plants(answer, limits, inputs.bounds) if with_plants else ():
+            for name, measure, spoiled in plants(answer, limits, inputs.dtype, inputs.bounds) if with_plants else ():
                 seen = not limits[measure].judge(spoiled, with_place=False).holds
                 yield Control(dtype, name, f"{cell.name}: {measure}", seen)
         for name in without:

@@ -55,7 +55,7 @@ class Inputs:
         )
         self.row_temperature = self._put(self._integers(4, 13, self.num_rows) / 8, self.score_dtype)  # 0.5 to 1.5
         target = self._integers(0, VOCAB_SIZE, self.num_rows).long()
-        target[5::7] = -1
+        target[5::7], target[6::7] = -1, -100  # both are absent
         self.target = target.to(world.device)
         cuts = self._integers(0, PADDED_VOCAB_SIZE, world.world_size - 1).long().sort().values.tolist()
         self.bounds = [0, *cuts, PADDED_VOCAB_SIZE]

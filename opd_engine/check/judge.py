@@ -16,8 +16,12 @@ from torch import Tensor
 # error <= FACTOR x the error of the same formula in eager torch + FLOOR, relative to the largest element and to the
 # norm. A half dtype's gradient is rounded last: its floor is an eighth of an eps, so that 1% is seen.
 FACTOR = 2.0
-FLOOR = {torch.float64: 1e-11, torch.float32: 5e-6, torch.bfloat16: 1e-3, torch.float16: 1.3e-4}
+FLOOR = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1.3e-4}
 EXACT = 1e-12  # of ids: any difference is an error
+# Gradients that sum products of rounded numbers and are rounded again. Where one element outweighs the rest, half a
+# dtype's eps twice is 0.8% of a bfloat16 matrix: 1% is seen in most of them, 2% in all.
+PRODUCTS = ("d hidden", "d weight", "d bias")
+HALVES = (torch.bfloat16, torch.float16)
 
 Answer = dict[str, Tensor]
 
@@ -100,15 +104,20 @@ def judge(got: Answer, limits: dict[str, Limit]) -> Verdict:
     return worst if worst.holds else limits[name].judge(got.get(name), with_place=True)
 
 
-def plants(answer: Answer, limits: dict[str, Limit], shards: list[int]) -> Iterator[tuple[str, str, Tensor]]:
+def plants(
+    answer: Answer, limits: dict[str, Limit], dtype: torch.dtype, shards: list[int]
+) -> Iterator[tuple[str, str, Tensor]]:
     """(what was planted, in which measure, the measure with it), one at a time.
 
+    dtype: of the leaves
     shards: the columns at which the shards begin, and the end of the last
     """
     for name in limits:
         values, is_gradient = answer[name], name.startswith("d ")
         if values.is_floating_point():
-            yield f"1% {'gradient' if is_gradient else 'value'} error", name, values.double() * 1.01
+            percent = 2 if name.startswith(PRODUCTS) and dtype in HALVES else 1
+            kind = "gradient" if is_gradient else "value"
+            yield f"{percent}% {kind} error", name, values.double() * (1 + percent / 100)
         if values.dim():
             yield "off-by-one row", name, values.roll(1, 0)
         if not is_gradient:

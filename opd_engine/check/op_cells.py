@@ -33,13 +33,18 @@ def halves(logits: Tensor) -> list[tuple[int, Tensor]]:
     return [(0, logits[:, :CUT].contiguous()), (CUT, logits[:, CUT:].contiguous())]
 
 
+def targets(inputs: Inputs) -> Tensor:
+    """[T]: to the ops an absent one is -1; -100 is the functions' affair."""
+    return inputs.target.clamp_min(-1)
+
+
 def by_field(scores: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """An op's five row outputs."""
     return dict(zip(FIELDS, scores[: len(FIELDS)], strict=True))
 
 
 def topk_whole(inputs: Inputs, leaves: dict[str, Tensor]) -> Called:
-    place = (inputs.target, VOCAB_SIZE, 1.0, inputs.row_temperature)
+    place = (targets(inputs), VOCAB_SIZE, 1.0, inputs.row_temperature)
     indices, *scores = torch.ops.opd_engine.topk_log_probs(leaves["logits"].detach(), K, *place)
     return Called({"indices": indices, **by_field(scores)})
 
@@ -47,15 +52,15 @@ def topk_whole(inputs: Inputs, leaves: dict[str, Tensor]) -> Called:
 def topk_merged(inputs: Inputs, leaves: dict[str, Tensor]) -> Called:
     place = (VOCAB_SIZE, 1.0, inputs.row_temperature)
     packed = [
-        torch.ops.opd_engine.topk_partials(part, K, inputs.target, start, *place)
+        torch.ops.opd_engine.topk_partials(part, K, targets(inputs), start, *place)
         for start, part in halves(leaves["logits"].detach())
     ]
-    indices, *scores = torch.ops.opd_engine.merge_topk(torch.stack(packed), K, inputs.target, *place)
+    indices, *scores = torch.ops.opd_engine.merge_topk(torch.stack(packed), K, targets(inputs), *place)
     return Called({"indices": indices, **by_field(scores)})
 
 
 def gather_whole(inputs: Inputs, leaves: dict[str, Tensor]) -> Called:
-    place = (inputs.mixed_ids, inputs.target, VOCAB_SIZE, 1.0, inputs.row_temperature)
+    place = (inputs.mixed_ids, targets(inputs), VOCAB_SIZE, 1.0, inputs.row_temperature)
     return Called(by_field(torch.ops.opd_engine.gather_log_probs(leaves["logits"], *place)[:-1]))
 
 
@@ -63,12 +68,12 @@ def gather_merged(inputs: Inputs, leaves: dict[str, Tensor]) -> Called:
     """Partials, merge, and the backward of each shard: one returned, one written over the logits."""
     ids, rest = inputs.mixed_ids, (VOCAB_SIZE, 1.0, inputs.row_temperature)
     ops, parts = torch.ops.opd_engine, halves(leaves["logits"].detach())
-    stats, support = zip(*(ops.gather_partials(part, ids, inputs.target, start, *rest) for start, part in parts))
-    *scores, merged = ops.merge_gather(torch.stack(stats), sum(support), ids, inputs.target, *rest)
+    stats, support = zip(*(ops.gather_partials(part, ids, targets(inputs), start, *rest) for start, part in parts))
+    *scores, merged = ops.merge_gather(torch.stack(stats), sum(support), ids, targets(inputs), *rest)
     outputs = by_field(scores)
     columns = [inputs.upstream(name, output).to(merged.dtype) for name, output in outputs.items()]
     upstream = torch.cat([column.view(inputs.num_rows, -1) for column in columns], 1)
-    places = [(ids, inputs.target, merged, upstream, start, *rest) for start, _ in parts]
+    places = [(ids, targets(inputs), merged, upstream, start, *rest) for start, _ in parts]
     returned = [ops.scores_backward(part, *place) for (_, part), place in zip(parts, places)]
     for (_, part), place in zip(parts, places):
         ops.scores_backward_(part, *place)

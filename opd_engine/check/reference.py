@@ -66,7 +66,7 @@ def scores(
     compute: torch.dtype,
     fields: tuple[str, ...],
 ) -> dict[str, Tensor]:
-    """Equations: docs/math.md (4) (6) to (9). The fields asked for, by name; a target of -1 is absent."""
+    """Equations: docs/math.md (4) (6) to (9). The fields asked for, by name; a target below 0 is absent."""
     y = scaled(logits, vocab_size, temperature, compute)
     log_q = torch.log_softmax(y, -1)
     found = {}
