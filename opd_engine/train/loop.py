@@ -73,6 +73,7 @@ def _prepare(config: TrainConfig, world: World, folder: RunFolder, progress: Pro
     if world.is_main:
         folder.discard_models()
         experiment = prepare(config, progress.supervised)
+        folder.take(experiment)
     barrier(world.group)
     return experiment if world.is_main else prepare(config, progress.supervised, make=False)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -21,13 +22,19 @@ from opd_engine.parallel.launch import World
 from opd_engine.train.checkpoint import list_checkpoints, remove_leftovers, write_text
 from opd_engine.train.config import TrainConfig, config_from_toml, config_to_toml, differences
 from opd_engine.train.examples.workshop import MODELS
+from opd_engine.train.experiment import Experiment
 from opd_engine.train.journal import EVENTS_FOLDER, METRICS_FILE
+from opd_engine.train.prompts import Prompt, content_of
 from opd_engine.train.samples import SAMPLES_FILE, forget_after
 from opd_engine.train.settings import ConfigError
 from opd_engine.train.summary import SUMMARY_FILE
 
 CONFIG_FILE = "config.toml"
 CHECKPOINTS = "checkpoints"
+DATA_FILE = "prompts.json"
+"""How many prompts, and a hash of them, to train on and held out."""
+HELD_OUT_FILE = "held_out.jsonl"
+"""The prompts that are evaluated on: their line in the prompts file (0: not of one), teachers, label and token ids."""
 _LOCK_FILE = ".lock"
 # A killed run's other ranks need seconds to notice; the processes that write its checkpoint end by themselves.
 _WAIT_S = 60.0
@@ -93,6 +100,8 @@ class RunFolder:
         self.checkpoint: Path | None = None
         self._config = config
         self._is_new = False
+        self._data: dict[str, dict] | None = None
+        self._held_out: list[Prompt] = []
 
     def require(self) -> None:
         """Where a run is to be resumed there is one; a mistyped folder is not made. Raises: ConfigError."""
@@ -110,11 +119,40 @@ class RunFolder:
         if not saved.is_file():
             write_text(saved, config_to_toml(config))
             self._is_new = True
-        elif not config.run.overwrite and (changed := differences(config_from_toml(saved), config)):
+        elif not config.run.overwrite and (changed := self._changed(config_from_toml(saved))):
             raise ConfigError(
                 f"run.output_dir: {self.path} already holds a run of other settings ({'; '.join(changed)}); continue "
                 "it with its own, discard it with --overwrite, or choose another folder"
             )
+
+    def _changed(self, saved: TrainConfig) -> list[str]:
+        """What keeps the saved run from going on; one that ended may be given more steps."""
+        changed = differences(saved, self._config)
+        steps, given = saved.optimizer.steps, self._config.optimizer.steps
+        ended = any(step == steps for step, _ in list_checkpoints(self.path / CHECKPOINTS)[-1:])
+        return [line for line in changed if not (ended and given > steps and line.startswith("optimizer.steps:"))]
+
+    def take(self, experiment: Experiment) -> None:
+        """Remember the prompts for `begin`, which writes down what they are and which of them are held out.
+
+        Raises: ConfigError where the run that is to go on began with others, whatever their file is called.
+        """
+        self._data = {
+            name: {"prompts": len(prompts), "content": content_of(prompts)}
+            for name, prompts in (("train", experiment.train), ("held_out", experiment.evaluation))
+        }
+        self._held_out = experiment.evaluation
+        saved = self.path / DATA_FILE
+        if self.checkpoint is None or not saved.is_file():
+            return
+        began = json.loads(saved.read_text(encoding="utf-8"))
+        for name, key in (("train", "data.prompts"), ("held_out", "data.eval_prompts")):
+            if began[name] != self._data[name]:
+                wanted, got = (f"{d[name]['prompts']} prompts ({d[name]['content']})" for d in (began, self._data))
+                raise ConfigError(
+                    f"{key}: the {name.replace('_', '-')} prompts are not those that the run in {self.path} began "
+                    f"with: wanted {wanted}, got {got}; give it the file as it was, or begin anew with --overwrite"
+                )
 
     def find_checkpoint(self) -> None:
         """Every rank looks, once the first has entered."""
@@ -135,11 +173,18 @@ class RunFolder:
         if self.checkpoint is None:
             for name in (CHECKPOINTS, EVENTS_FOLDER, "plots"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, CONFIG_FILE):
+            for name in (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, CONFIG_FILE, DATA_FILE, HELD_OUT_FILE):
                 (self.path / name).unlink(missing_ok=True)
         forget_after(self.path, step)
         remove_leftovers(self.path / CHECKPOINTS)
         write_text(self.path / CONFIG_FILE, config_to_toml(self._config))
+        if self._data is not None and not (self.path / DATA_FILE).is_file():
+            lines = [
+                json.dumps({"line": p.line, "teacher": p.teacher, "task": p.task, "label": p.label, "ids": p.token_ids})
+                for p in self._held_out
+            ]
+            write_text(self.path / HELD_OUT_FILE, "".join(line + "\n" for line in lines))
+            write_text(self.path / DATA_FILE, json.dumps(self._data, indent=2) + "\n")
         self._is_new = False
 
     def leave_without_a_trace(self) -> None:
