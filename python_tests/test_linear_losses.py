@@ -81,10 +81,14 @@ def test_rows_a_chunk_follow_the_formula():
     assert rows_a_chunk(64 << 20, 65_536 * 4) == 256
 
 
-@pytest.mark.parametrize("num_rows, width, num_logits", [(10, 44, 44), (7, 999, 900), (1, 5, 1), (0, 44, 9), (3, 0, 9)])
-def test_tiles_cover_every_logit_once_and_fit(num_rows, width, num_logits):
+@pytest.mark.parametrize(
+    "num_rows, width, num_logits, chunk",
+    [(10, 44, 44, 1), (10, 44, 180, 4), (7, 999, 900, 1), (1, 5, 1, 1), (0, 44, 9, 1), (3, 0, 9, 1), (30, 9, 200, 22)],
+)
+def test_tiles_cover_every_logit_once_and_fit(num_rows, width, num_logits, chunk):
     seen = torch.zeros(num_rows, width, dtype=torch.int64)
-    rows, columns = tiles_of(num_rows, width, num_logits)
+    rows, columns = tiles_of(num_rows, width, num_logits, chunk)
+    assert all(part.start % chunk == 0 for part in rows), "a tile has the rows of whole chunks"
     for part in rows:
         for block in columns:
             seen[part, block] += 1
@@ -94,9 +98,9 @@ def test_tiles_cover_every_logit_once_and_fit(num_rows, width, num_logits):
 
 def test_tiles_are_tall_or_square():
     blocks = [slice(start, start + 8_192) for start in range(0, 65_536, 8_192)]
-    assert tiles_of(2_048, 65_536, 1 << 24) == ([slice(0, 2_048)], blocks)
-    rows, columns = tiles_of(32_768, 151_936, 1 << 24)
-    assert len(rows) == 8 and rows[0] == slice(0, 4_096) and {block.start % 64 for block in columns} == {0}
+    assert tiles_of(2_048, 65_536, 1 << 24, 256) == ([slice(0, 2_048)], blocks)
+    rows, columns = tiles_of(32_768, 151_936, 1 << 24, 110)
+    assert len(rows) == 9 and rows[0] == slice(0, 37 * 110) and {block.start % 64 for block in columns} == {0}
 
 
 def test_default_workspace():

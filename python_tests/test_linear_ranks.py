@@ -118,9 +118,9 @@ def events_of(module, call):
         events.append("send")
         return Traced(pending.result, pending.work, pending.sent)
 
-    def traced(self, hidden, *columns):
+    def traced(self, *arguments, **more):
         events.append("product")
-        return compute(self, hidden, *columns)
+        return compute(self, *arguments, **more)
 
     with (
         mock.patch.object(module, "start_all_gather_stacked", start),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -57,13 +57,15 @@ def rows_a_chunk(workspace_bytes: int, row_bytes: int) -> int:
     return max(1, workspace_bytes // row_bytes)
 
 
-def tiles_of(num_rows: int, width: int, num_logits: int) -> tuple[list[slice], list[slice]]:
+def tiles_of(num_rows: int, width: int, num_logits: int, chunk: int) -> tuple[list[slice], list[slice]]:
     """(rows, columns) that cut [num_rows, width] into tiles of at most num_logits, about as tall as wide.
+
+    chunk: the rows of a chunk of at most num_logits; a tile has those of whole chunks
 
     Tall enough tiles have all rows, so that a block of the weight's gradient is one product; wide ones make the hidden
     gradient's accumulator travel less. Blocks of columns are of one width, a multiple of 64 where there are that many.
     """
-    tall = max(1, min(num_rows, math.isqrt(num_logits)))
+    tall = max(1, min(num_rows, max(chunk, math.isqrt(num_logits) // chunk * chunk)))
     wide = max(1, num_logits // tall)
     if wide < width:
         step = 64 if wide >= 64 else 1
@@ -110,17 +112,27 @@ class ChunkLogits:
         keep = with_gradient and head.softcap is not None
         self._uncapped = torch.empty_like(self._logits) if keep else None
 
-    def compute(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
-        """[n, columns] for hidden [n, hidden_size]; valid until the next call."""
+    def compute(
+        self, hidden: Tensor, chunks: Sequence[slice] = (slice(None),), blocks: Sequence[slice] | None = None
+    ) -> Tensor:
+        """[n, columns] for hidden [n, hidden_size]; valid until the next call.
+
+        chunks, blocks: rows of hidden, and of the weight, neighbours in order, whose products are made one by one.
+            Logits that are computed twice have the same bits where these products have the same shapes
+        """
         head = self.head
-        weight = head.weight[columns]
-        shape = hidden.size(0), weight.size(0)
+        blocks = blocks or [slice(0, head.weight.size(0))]
+        start = blocks[0].start
+        shape = hidden.size(0), blocks[-1].stop - start
         logits = self._logits[: shape[0] * shape[1]].view(shape)
         raw = logits if self._uncapped is None else self._uncapped[: logits.numel()].view(shape)
-        if head.bias is None:
-            torch.mm(hidden, weight.t(), out=raw)
-        else:
-            torch.addmm(head.bias[columns], hidden, weight.t(), out=raw)  # the bias joins before the one rounding
+        for rows in chunks:
+            for block in blocks:
+                weight, out = head.weight[block].t(), raw[rows, block.start - start : block.stop - start]
+                if head.bias is None:
+                    torch.mm(hidden[rows], weight, out=out)
+                else:
+                    torch.addmm(head.bias[block], hidden[rows], weight, out=out)  # the bias joins before the rounding
         if head.softcap is not None:
             for block in _blocks(raw):
                 capped = _tanh(raw.view(-1)[block], head.softcap).mul_(head.softcap)

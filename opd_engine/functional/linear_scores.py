@@ -193,23 +193,25 @@ def _gather(hidden: Tensor, job: _GatherJob) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class _GatherJob:
-    """All that is constant in one call: chunks of rows in its forward, tiles in its backward, which knows lse."""
+    """All that is constant in one call: chunks of rows in its forward, tiles in its backward, which knows lse.
+
+    Both put their logits together of the same products, a chunk's rows and a block's columns each, so that the
+    backward's are those that made the statistics, bit for bit. Were they off by a rounding, so would be a sure row's
+    q - 1, whose own value may be far smaller.
+    """
 
     rows: LinearRows
     indices: Tensor  # [T, k]
     target: Tensor | None  # [T]
 
-    def chunk_rows(self) -> int:
-        shard = self.rows.shard
-        row_bytes = self.rows.head.row_bytes(shard.vocab_size, shard.tp_size, with_gradient=False)
-        return rows_a_chunk(self.rows.workspace_bytes, row_bytes)
-
-    def tile_logits(self) -> int:
-        """A row of logits at least, as in a chunk."""
+    def cut(self, head: Head) -> tuple[int, list[slice], list[slice]]:
+        """(rows a chunk, a tile's rows, a block's columns); chunks are cut alike on every rank."""
         shard = self.rows.shard
         one_row = -(-shard.vocab_size // shard.tp_size)
-        row_bytes = self.rows.head.row_bytes(shard.vocab_size, shard.tp_size, with_gradient=True)
-        return max(one_row, self.rows.workspace_bytes * one_row // row_bytes)
+        row_bytes = head.row_bytes(shard.vocab_size, shard.tp_size, with_gradient=True)
+        size = min(rows_a_chunk(self.rows.workspace_bytes, row_bytes), max(self.rows.num_rows, 1))
+        num_logits = max(one_row, self.rows.workspace_bytes * one_row // row_bytes)
+        return size, *tiles_of(self.rows.num_rows, head.weight.size(0), num_logits, size)
 
     def row_arguments(self, part: slice) -> tuple[Tensor, Tensor | None, tuple[float, Tensor | None]]:
         rows = self.rows
@@ -223,15 +225,15 @@ class _GatherJob:
     def scores(self, hidden: Tensor, head: Head) -> list[Tensor]:
         """(log_probs, tail_log_prob, lse, entropy, target_log_prob, statistics) of all rows."""
         shard = self.rows.shard
-        size = self.chunk_rows()
+        size, _, blocks = self.cut(head)
         buffer = ChunkLogits(head, min(size, hidden.size(0)), with_gradient=False)
         parts: list[tuple[Tensor, ...]] = []
 
         def chunk(part: slice) -> Iterator[None]:
             indices, target, temperature = self.row_arguments(part)
             stats, support_logits = torch.ops.opd_engine.gather_partials(
-                *(buffer.compute(hidden[part]), indices, target, shard.vocab_start_index, shard.vocab_size),
-                *temperature,
+                *(buffer.compute(hidden[part], blocks=blocks), indices, target, shard.vocab_start_index),
+                *(shard.vocab_size, *temperature),
             )
             if shard.merge_group is None:
                 stats = stats.unsqueeze(0)
@@ -253,13 +255,13 @@ class _GatherJob:
     ) -> TileGradients:
         """Every tile's logits again, their gradient over them, its products. To the kernel a block is a shard."""
         shard = self.rows.shard
-        rows, columns = tiles_of(hidden.size(0), head.weight.size(0), self.tile_logits())
-        widest = max((block.stop - block.start for block in columns), default=0)
-        buffer = ChunkLogits(head, rows[0].stop, with_gradient=True, max_columns=widest)
-        for block in columns:
-            for part in rows:
+        size, tiles, blocks = self.cut(head)
+        widest = max((block.stop - block.start for block in blocks), default=0)
+        buffer = ChunkLogits(head, tiles[0].stop, with_gradient=True, max_columns=widest)
+        for block in blocks:
+            for part in tiles:
                 indices, target, temperature = self.row_arguments(part)
-                logits = buffer.compute(hidden[part], block)
+                logits = buffer.compute(hidden[part], chunks=chunks_of(part.stop - part.start, size), blocks=[block])
                 place = (shard.vocab_start_index + block.start, shard.vocab_size, *temperature)
                 torch.ops.opd_engine.scores_backward_(logits, indices, target, stats[part], upstream[part], *place)
                 buffer.uncap_(logits)
