@@ -16,6 +16,7 @@ from opd_engine.train.config import (
     differences,
 )
 from opd_engine.train.settings import ConfigError, check_value, look_up, nearest, parse_text
+from opd_engine.train.teacher_settings import TeacherSettings
 
 
 def configured(tmp_path, text: str) -> TrainConfig:
@@ -55,6 +56,28 @@ def test_a_configuration_survives_being_written_and_read(tmp_path):
     config.teachers = {"math": "models/math", "odd name": 'quo"ted'}
     config.optimizer.lr, config.opd.teacher_log_prob_min, config.run.overwrite = 1e-5, -20.0, True
     assert configured(tmp_path, config_to_toml(config)) == config
+
+
+def test_a_teacher_may_have_a_table_and_survives_being_written(tmp_path):
+    text = '[teachers]\na = "x"\n[teachers.b]\npath = "y"\nweight = 2\ntemperature = 0.5\nprompt_prefix = "Think. "\n'
+    config = configured(tmp_path, text + '[teachers."odd name"]\npath = "z"\ndtype = "bfloat16"\n')
+    assert config.teachers == {
+        "a": "x",
+        "b": TeacherSettings("y", 2.0, 0.5, "Think. "),
+        "odd name": TeacherSettings("z", dtype="bfloat16"),
+    }
+    assert configured(tmp_path, config_to_toml(config)) == config
+    plain = configured(tmp_path, '[teachers.a]\npath = "x"\n')
+    assert differences(plain, configured(tmp_path, '[teachers]\na = "x"\n')) == []
+    assert len(differences(plain, config)) == 1
+    for entry, words in (
+        ('weigth = 1\npath = "x"', "unknown key teachers.a.weigth; did you mean weight"),
+        ("weight = 1", "teachers.a.path: wanted a folder"),
+        ('path = "x"\nweight = -1', "teachers.a.weight: wanted at least 0"),
+        ('path = "x"\ndtype = "int8"', "teachers.a.dtype: wanted one of"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            configured(tmp_path, f"[teachers.a]\n{entry}\n")
 
 
 def test_flags_win_over_the_file(tmp_path, monkeypatch):

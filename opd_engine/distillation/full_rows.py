@@ -22,10 +22,13 @@ def full_divergence(
     *,
     divergence: str = "forward_kl",
     temperature: float = 1.0,
+    seen: RolloutBatch | None = None,
 ) -> Tensor | None:
     """In nats, of each row that counts and that the teacher can read, in order: [rows] on the host.
 
     Nothing of a pipeline stage that has no head.
+
+    seen: the batch as the teacher sees it, under a prompt of its own (`RolloutBatch.teacher_view`); None: as it is
 
     Returns: None where the two models' shards of the vocabulary differ, since their columns then do not meet.
     Raises: ValueError for ids and lengths that one of the two has no row for, by sample and position.
@@ -33,8 +36,9 @@ def full_divergence(
     """
     check_given(batch, model="student", vocab_size=student.vocab_size, max_positions=max_positions(student))
     limits = {"vocab_size": teacher.vocab_size, "max_positions": max_positions(teacher)}
-    check_given(batch, model="teacher", prompts_only=True, **limits)
-    ours, theirs = student.full_rows(batch), teacher.full_rows(readable(batch, teacher.vocab_size))
+    seen = batch if seen is None else seen
+    check_given(seen, model="teacher", prompts_only=True, **limits)
+    ours, theirs = student.full_rows(batch), teacher.full_rows(readable(seen, teacher.vocab_size))
     if ours.shard is not None and theirs.shard is not None and not _meet(ours.shard, theirs.shard):
         return None
     parts = [torch.empty(0)]

@@ -13,11 +13,25 @@ from opd_engine.distillation.actor import Actor
 from opd_engine.distillation.rollout_engine import RolloutEngine
 from opd_engine.parallel.shares import Shares
 from opd_engine.teachers.pool import TeacherPool
+from opd_engine.teachers.protocols import Teacher
+from opd_engine.teachers.spec import TeacherSpec
+from opd_engine.train.teacher_settings import settings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from opd_engine.train.config import TrainConfig
     from opd_engine.train.memory import RunMemory
+
+
+def pooled(config: TrainConfig, teachers: Mapping[str, Teacher]) -> TeacherPool:
+    """The run's teachers with what its settings say of each."""
+    pairs = []
+    for name, teacher in teachers.items():
+        own = settings_of(config.teachers.get(name, ""))
+        spec = TeacherSpec(name, temperature=own.temperature, weight=own.weight, teacher_tokens=bool(own.prompt_prefix))
+        pairs.append((spec, teacher))
+    return TeacherPool(pairs)
 
 
 @dataclass(kw_only=True)

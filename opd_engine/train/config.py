@@ -31,6 +31,7 @@ from opd_engine.train.settings import (
     show,
     to_toml,
 )
+from opd_engine.train.teacher_settings import Teachers, read_teacher, settings_of, teachers_to_toml, with_path
 from opd_engine.train.validation import check_pairs
 
 
@@ -180,11 +181,13 @@ class CheckpointConfig:
 
 @dataclass
 class TrainConfig:
-    """All of it. `teachers` maps a name to a folder; its flag is --teacher NAME=DIR, its TOML table [teachers]."""
+    """All of it. `teachers` maps a name to a folder; its flag is --teacher NAME=DIR, its TOML table [teachers],
+    or a table [teachers.NAME] of TeacherSettings.
+    """
 
     run: RunConfig = field(default_factory=RunConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-    teachers: dict[str, str] = field(default_factory=dict, metadata={"hidden": True})
+    teachers: Teachers = field(default_factory=dict, metadata={"hidden": True})
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     opd: OPDConfig = field(default_factory=OPDConfig)
@@ -275,9 +278,7 @@ def apply_toml(config: TrainConfig, tables: Mapping[str, Any], where: str) -> No
     if not isinstance(teachers, Mapping):
         raise ConfigError(f'{where}: teachers: wanted a table of NAME = "DIR", got {teachers!r}')
     for name, directory in teachers.items():
-        if not isinstance(directory, str):
-            raise ConfigError(f"{where}: teachers.{name}: wanted a path, got {directory!r}")
-        config.teachers[name] = directory
+        config.teachers[name] = read_teacher(name, directory, where)
     for key, value in flatten_tables(tables, ("teachers",), _tables()).items():
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key}{nearest(key, [*known, 'teachers'])}")
@@ -303,7 +304,7 @@ def apply_flags(config: TrainConfig, flags: argparse.Namespace) -> None:
                 f"--teacher: {name!r} is given twice, {named[name]!r} and {directory!r}; wanted one folder a name"
             )
         named[name] = directory
-        config.teachers[name] = directory
+        config.teachers[name] = with_path(config.teachers.get(name), directory)
 
 
 # A resumed run may change these: they steer when things are written or shown, not what is computed.
@@ -327,7 +328,8 @@ def differences(saved: TrainConfig, given: TrainConfig) -> list[str]:
         before, after = look_up(saved, setting.key), look_up(given, setting.key)
         if not free and before != after:
             found.append(f"{setting.key}: saved {show(before)}, given {show(after)}")
-    if saved.teachers != given.teachers:
+    before, after = ({n: settings_of(t) for n, t in config.teachers.items()} for config in (saved, given))
+    if before != after:
         found.append(f"teachers: saved {saved.teachers}, given {given.teachers}")
     return found
 
@@ -335,12 +337,7 @@ def differences(saved: TrainConfig, given: TrainConfig) -> list[str]:
 def config_to_toml(config: TrainConfig) -> str:
     """The whole configuration as TOML, as it is kept beside a run."""
     text = to_toml(config, all_settings())
-    if config.teachers:
-        text += (
-            "\n[teachers]\n"
-            + "\n".join(f"{show(name)} = {show(path)}" for name, path in config.teachers.items())
-            + "\n"
-        )
+    text += teachers_to_toml(config.teachers)
     return text
 
 

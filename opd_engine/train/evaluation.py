@@ -45,14 +45,20 @@ class Evaluator:
         limit = self.config.max_prompts or None
         return {task: prompts[:limit] for task, prompts in sorted(by_task.items())}
 
-    def accuracy(self, engine: RolloutEngine, tasks: Sequence[str] | None = None) -> dict[str, float]:
-        """Fraction of labelled held-out prompts answered exactly, greedily, by task; no labels, no entry."""
+    def accuracy(
+        self, engine: RolloutEngine, tasks: Sequence[str] | None = None, teacher: str = ""
+    ) -> dict[str, float]:
+        """Fraction of labelled held-out prompts answered exactly, greedily, by task; no labels, no entry.
+
+        teacher: whose engine it is, for the prompts that it sees; "" is the student's
+        """
         found, shares = {}, self.parts.shares
         for task, prompts in self._held_out().items():
             labelled = [prompt for prompt in prompts if prompt.label is not None]
             if labelled and (tasks is None or task in tasks):
                 own = [labelled[index] for index in shares.deal(len(labelled))]
-                written = engine.generate([p.token_ids for p in own], self.sampling.greedy(), seed=[0] * len(own))
+                ids = [self.experiment.seen_by([teacher], p.token_ids) or p.token_ids for p in own]
+                written = engine.generate(ids, self.sampling.greedy(), seed=[0] * len(own))
                 right = sum(self.right(written.tokens, [p.label for p in own]))
                 found[task] = shares.sum(torch.tensor([float(right)], dtype=torch.float64))[0] / len(labelled)
         return found
@@ -79,7 +85,9 @@ class Evaluator:
             pairs = list(zip(ids, written.tokens, strict=True))
         for start in range(0, len(pairs), self.config.batch_size):
             part = pairs[start : start + self.config.batch_size]
-            yield pack_rollouts([prompt for prompt, _ in part], [tokens for _, tokens in part])
+            shown = [self.experiment.seen_by([teacher], prompt) for prompt, _ in part]
+            given = {"teacher_prompts": shown} if teacher in self.experiment.prefixes else {}
+            yield pack_rollouts([prompt for prompt, _ in part], [tokens for _, tokens in part], **given)
 
     def divergence(self) -> dict[str, float]:
         """forward_kl over the full vocabulary, in nats a token, by teacher; absent where two models cannot be compared.
@@ -92,7 +100,8 @@ class Evaluator:
             if not isinstance(teachers[name], FullTeacher) or not isinstance(student, FullTeacher):
                 continue
             for batch in self._batches(name):
-                values = full_divergence(student, teachers[name], batch, temperature=self.temperature)
+                seen = batch.teacher_view()[0] if name in self.experiment.prefixes else None
+                values = full_divergence(student, teachers[name], batch, temperature=self.temperature, seen=seen)
                 if values is None:
                     break
                 total += float(values.double().sum())
@@ -136,7 +145,7 @@ class Evaluator:
         for name in self.parts.teachers.names:
             if name in self.parts.teacher_engines:
                 tasks = [task for task, teachers in own.items() if name in teachers]
-                accuracy |= self.accuracy(self.parts.teacher_engines[name], tasks)
+                accuracy |= self.accuracy(self.parts.teacher_engines[name], tasks, name)
             perplexity |= self.perplexity(self.parts.teachers[name], [name])
         return {"accuracy": accuracy, "perplexity": perplexity}
 

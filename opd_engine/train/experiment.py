@@ -7,7 +7,7 @@ only: no label, and no token that a teacher wrote.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from opd_engine.train.folders import check_balancing, check_model_folder
 from opd_engine.train.prompts import Encoding, Prompt, encode_records, hold_out
 from opd_engine.train.records import Keys, Skipped, read_records
 from opd_engine.train.settings import ConfigError
+from opd_engine.train.teacher_settings import settings_of
 from opd_engine.train.validation import check_prompts, teacher_paths
 
 ShowProgress = Callable[[str, int], Callable[[int, float], None]]
@@ -33,6 +34,7 @@ class Experiment:
 
     passages: held-out texts by teacher, on whose rows divergence and perplexity are measured; where there are none,
     divergence is measured on what the student writes after the held-out prompts.
+    prefixes: teacher -> what it sees before each prompt.  first_id: what begins a text, where a tokenizer says so.
     """
 
     student: Path
@@ -40,6 +42,16 @@ class Experiment:
     train: list[Prompt]
     evaluation: list[Prompt]
     passages: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    prefixes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    first_id: int | None = None
+
+    def seen_by(self, teachers: Sequence[str], token_ids: Sequence[int]) -> tuple[int, ...] | None:
+        """The prompt as those of its teachers see it that have a prefix, after what begins a text; None: as it is."""
+        prefix = next((self.prefixes[name] for name in teachers if name in self.prefixes), None)
+        if prefix is None:
+            return None
+        begins = int(self.first_id is not None and token_ids[0] == self.first_id)
+        return (*token_ids[:begins], *prefix, *token_ids[begins:])
 
 
 def prepare(config: TrainConfig, show_progress: ShowProgress, *, make: bool = True) -> Experiment:
@@ -93,4 +105,8 @@ def _prepare_prompts(config: TrainConfig, show_progress: ShowProgress) -> Experi
     else:
         train, evaluation = hold_out(train, data.held_out, config.run.seed)
     check_prompts(config, train)
-    return Experiment(student, teachers, train, evaluation)
+    prefixes = {}
+    for name, given in config.teachers.items():
+        if text := settings_of(given).prompt_prefix:
+            prefixes[name] = tuple(tokenizer.encode(text, add_special_tokens=False))
+    return Experiment(student, teachers, train, evaluation, prefixes=prefixes, first_id=tokenizer.bos_token_id)

@@ -219,6 +219,7 @@ class Trainer:
             response_log_probs=completions.log_probs,
             response_top_logprobs=completions.top_log_probs,
             teacher_names=[prompt.teacher for prompt in prompts],
+            teacher_prompts=self._teacher_prompts(prompts),
             task_names=[prompt.task for prompt in prompts],
             sample_ids=list(samples),
             rollout_ids=rollout_ids,
@@ -243,6 +244,11 @@ class Trainer:
             sum_over_shares=shares.sum,
             largest_over_shares=self._largest,
         )
+
+    def _teacher_prompts(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None] | None:
+        if not self.experiment.prefixes:
+            return None
+        return [self.experiment.seen_by(prompt.teachers, prompt.token_ids) for prompt in prompts]
 
     def _write_samples(
         self, batch: RolloutBatch, scored: ScoredRollouts, prompts: dict[int, Prompt], finished: dict[int, bool]

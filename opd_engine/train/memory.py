@@ -14,6 +14,7 @@ from opd_engine.integrations.megatron.memory_plan import StagePlan, Work, plan_m
 from opd_engine.parallel.collectives import all_gather_stacked
 from opd_engine.train.config import TrainConfig
 from opd_engine.train.settings import ConfigError
+from opd_engine.train.validation import teacher_paths
 
 if TYPE_CHECKING:
     from opd_engine.parallel.collectives import ProcessGroup
@@ -95,7 +96,7 @@ def dry_run(config: TrainConfig, world_size: int) -> str:
         raise ConfigError(f'--dry-run: wanted run.backend = "megatron", got {config.run.backend!r}')
     if config.data.task != "prompts":
         raise ConfigError(f'--dry-run: wanted data.task = "prompts", models of one\'s own, got {config.data.task!r}')
-    plans = plan_run(config, config.student.path, config.teachers, world_size)
+    plans = plan_run(config, config.student.path, teacher_paths(config), world_size)
     return plan_table(plans, _title(config, world_size))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opd_engine.train.settings import ConfigError
+from opd_engine.train.teacher_settings import settings_of
 
 if TYPE_CHECKING:
     from opd_engine.train.config import TrainConfig
@@ -21,6 +22,7 @@ def check_pairs(config: TrainConfig) -> None:
     _check_sampling(config)
     _check_data(config)
     _check_places(config)
+    _check_teachers(config)
     opd, rollout = config.opd, config.rollout
     if rollout.top_logprobs and opd.support != "rollout":
         raise ConfigError(
@@ -102,7 +104,28 @@ def _check_places(config: TrainConfig) -> None:
 
 def teacher_paths(config: TrainConfig) -> Mapping[str, str]:
     """Teacher -> its folder."""
-    return dict(config.teachers)
+    return {name: settings_of(given).path for name, given in config.teachers.items()}
+
+
+def _check_teachers(config: TrainConfig) -> None:
+    teachers = {name: settings_of(given) for name, given in config.teachers.items()}
+    prefixes = {teacher.prompt_prefix for teacher in teachers.values()} - {""}
+    if config.opd.mixture != "route" and len(prefixes) > 1:
+        raise ConfigError(
+            f'teachers: wanted one prompt_prefix at most for opd.mixture = "{config.opd.mixture}", whose prompts '
+            f"several teachers score, got {len(prefixes)}"
+        )
+    for name, teacher in teachers.items():
+        if config.opd.mixture == "route" and teacher.weight != 1.0:
+            raise ConfigError(
+                f'teachers.{name}.weight: wanted 1 for opd.mixture = "route", which gives each prompt one teacher, got '
+                f"{teacher.weight}"
+            )
+        if config.run.backend == "megatron" and teacher.dtype not in ("", config.run.dtype):
+            raise ConfigError(
+                f'teachers.{name}.dtype: wanted run.dtype = "{config.run.dtype}" for the Megatron actor, got '
+                f'"{teacher.dtype}"'
+            )
 
 
 def check_prompts(config: TrainConfig, prompts: Sequence[Prompt]) -> None:

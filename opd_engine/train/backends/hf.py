@@ -24,12 +24,12 @@ from opd_engine.parallel.collectives import group_rank, group_size
 from opd_engine.parallel.launch import World
 from opd_engine.parallel.meshes import mesh_group, split_world
 from opd_engine.teachers.local import LocalTeacher
-from opd_engine.teachers.pool import TeacherPool
 from opd_engine.teachers.staging import StagedWeights
-from opd_engine.train.assembly import Assembly
+from opd_engine.train.assembly import Assembly, pooled
 from opd_engine.train.config import TrainConfig
 from opd_engine.train.experiment import Experiment
 from opd_engine.train.settings import ConfigError
+from opd_engine.train.teacher_settings import settings_of
 
 __all__ = ["CAPABILITIES", "NEEDS_GROUP", "assemble"]
 NEEDS_GROUP = False
@@ -74,7 +74,7 @@ def assemble(config: TrainConfig, world: World, experiment: Experiment) -> Itera
         clip=options.clip,
     )
     teachers = {name: _teacher(config, world, name, path, actor) for name, path in experiment.teachers.items()}
-    pool = TeacherPool(teachers)
+    pool = pooled(config, teachers)
     pool.check_vocabulary(actor.token_to_id())
     writing = {"pad_id": padding_token_id(tokenizer), "batch_size": config.rollout.batch_size, "group": group}
     yield Assembly(
@@ -101,7 +101,8 @@ def _teacher(config: TrainConfig, world: World, name: str, path: Path, actor: FS
     """A module of its own, in eval mode for good; staged, on the host between its turns. An adapter's, merged."""
     argument = f"teachers.{name}"
     base = base_of(path, argument) if is_adapter(path) else path
-    module = _model(config, world, base, argument, torch_dtype(config.run.dtype))
+    dtype = settings_of(config.teachers.get(name, "")).dtype or config.run.dtype
+    module = _model(config, world, base, argument, torch_dtype(dtype))
     if base != path:
         module = merged(load_adapter(module, path, trains=False, argument=argument))
     tokenizer = load_tokenizer(base, trust_remote_code=config.student.trust_remote_code, argument=argument)

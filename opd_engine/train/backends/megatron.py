@@ -21,9 +21,8 @@ from opd_engine.integrations.megatron.teachers import own_teacher, switched_teac
 from opd_engine.integrations.megatron.training import make_trainable, start_megatron, stop_megatron
 from opd_engine.parallel.launch import World
 from opd_engine.parallel.shares import Shares
-from opd_engine.teachers.pool import TeacherPool
 from opd_engine.teachers.weight_store import WeightStore
-from opd_engine.train.assembly import Assembly
+from opd_engine.train.assembly import Assembly, pooled
 from opd_engine.train.config import TrainConfig
 from opd_engine.train.experiment import Experiment
 from opd_engine.train.memory import RunMemory
@@ -63,7 +62,7 @@ def _assembly(config: TrainConfig, world: World, experiment: Experiment, groups:
     common = {"groups": groups, "layout": layout, "workspace_bytes": config.run.workspace_bytes or None}
     actor = _student(config, world, experiment.student, token_map, common)
     scorers = _teachers(config, world, experiment, actor, teacher_maps, common)
-    pool = TeacherPool(scorers)
+    pool = pooled(config, scorers)
     pool.check_vocabulary(token_map)
     return Assembly(
         actor=actor,
