@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         topk_log_probs,
     )
     from opd_engine.ops import debug
-    from opd_engine.parallel import VocabShard
+    from opd_engine.parallel import VocabShard, local_logits
     from opd_engine.teachers import mix_teachers
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "linear_full_distill_loss",
     "linear_gather_log_probs",
     "linear_topk_log_probs",
+    "local_logits",
     "mix_teachers",
     "topk_log_probs",
 ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opd_engine.ops import DIVERGENCES, TAIL_MODES, debug_enabled
+from opd_engine.parallel.tensors import refuse_distributed
 from opd_engine.parallel.vocab import VocabShard
 
 _LOGIT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -50,6 +51,7 @@ def check_logits(logits: Tensor, name: str) -> None:
     """Raise ValueError unless these are floating [*, V] rows that the kernels can walk."""
     if not isinstance(logits, Tensor):
         raise ValueError(f"{name}: wanted a tensor [*, vocab], got {type(logits).__name__}")
+    refuse_distributed(logits, name, "opd_engine.local_logits(dtensor, vocab_size) gives its columns and VocabShard")
     if logits.dtype not in _LOGIT_DTYPES:
         raise ValueError(f"{name}: wanted float64, float32, bfloat16 or float16, got {logits.dtype}")
     if logits.dim() < 1:
@@ -175,7 +177,8 @@ def _check_id_values(ids: Tensor, name: str, vocab_size: int, distinct: bool) ->
 
 
 def check_device(tensor: Tensor, name: str, reference: Tensor, reference_name: str = "the logits") -> None:
-    """Raise ValueError where two tensors that must meet live on different devices."""
+    """Raise ValueError where two tensors that must meet live on different devices, or the first on many."""
+    refuse_distributed(tensor, name)
     if tensor.device != reference.device:
         raise ValueError(f"{name}: wanted the device of {reference_name}, {reference.device}, got {tensor.device}")
 

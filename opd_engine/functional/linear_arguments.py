@@ -16,6 +16,7 @@ from torch import Tensor
 from opd_engine.functional.agreement import check_together, describe_rows, fingerprint
 from opd_engine.functional.arguments import check_device, check_temperature, debugging, reads_values, shape_choice
 from opd_engine.parallel.collectives import all_gather_stacked
+from opd_engine.parallel.tensors import refuse_distributed
 from opd_engine.parallel.vocab import VocabShard
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -234,6 +235,7 @@ def check_loss_rows(
             raise ValueError(f"loss_rows: wanted rows in [0, T = {rows.num_rows}), got {int(loss_rows[outside][0])}")
         if loss_rows.unique().numel() != loss_rows.numel():
             raise ValueError("loss_rows: wanted distinct rows, got one twice")
+    refuse_distributed(loss_rows, "loss_rows")
     index = loss_rows.to(hidden.device, non_blocking=True)
     return LossRows(rows.num_rows, weights[index], index)
 

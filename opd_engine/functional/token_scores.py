@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd_engine.parallel.tensors import refuse_distributed
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -43,6 +45,7 @@ class TokenScores:
             raise ValueError(f"indices: wanted an integer tensor [T, k], got {got}")
         if indices.dim() < 1:
             raise ValueError(f"indices: wanted [T, k], got shape {tuple(indices.shape)}")
+        refuse_distributed(indices, "indices")
         shape, device = indices.shape, indices.device
         self._check("log_probs", self.log_probs, shape, device)
         shape = shape[:-1]
@@ -57,6 +60,7 @@ class TokenScores:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name}: wanted a floating tensor, got {got}")
+        refuse_distributed(value, name)
         if value.shape != shape:
             raise ValueError(f"{name}: wanted shape {tuple(shape)} to match indices, got {tuple(value.shape)}")
         if value.device != device:

@@ -4,6 +4,6 @@ The only home of torch.distributed; it knows nothing of the mathematics of losse
 Read vocab.py, then collectives.py; linear.py, sequences.py and launch.py stand on their own.
 """
 
-from opd_engine.parallel.vocab import VocabShard
+from opd_engine.parallel.vocab import VocabShard, local_logits
 
-__all__ = ["VocabShard"]
+__all__ = ["VocabShard", "local_logits"]

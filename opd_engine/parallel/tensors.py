@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import Tensor
 
 
@@ -12,6 +13,15 @@ def is_distributed(tensor: Tensor) -> bool:
     # Who has one has imported the module; importing it here would cost everyone a second.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def refuse_distributed(tensor: Tensor, name: str, way_in: str = "give the rank's own part (.to_local())") -> None:
+    """Raise ValueError for a DTensor: what every rank's loss means for its gradient is not what its placements say."""
+    if not torch.compiler.is_compiling() and is_distributed(tensor):
+        shape, placements = list(tensor.shape), ", ".join(map(str, tensor.placements))
+        raise ValueError(
+            f"{name}: wanted a plain tensor, got a DTensor of shape {shape} placed ({placements}); {way_in}"
+        )
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

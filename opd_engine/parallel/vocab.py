@@ -2,6 +2,7 @@
 
 Shards tile [0, padded_vocab_size); they may be uneven, of zero width, and wholly padding (ids >= vocab_size).
 Construction communicates nothing; check_tiling is the collective that debug mode runs before every public call.
+local_logits makes one of logits that torch itself has spread over ranks.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from opd_engine.parallel.collectives import all_gather_json, group_rank, group_size
+from opd_engine.parallel.tensors import is_distributed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -93,6 +96,52 @@ class VocabShard:
         everybody = all_gather_json(bounds, self.merge_group, torch.device(device), op="debug_all_gather")
         if (fault := find_tiling_fault(everybody)) is not None:
             raise ValueError(fault)
+
+
+def local_logits(dtensor: Tensor, vocab_size: int) -> tuple[Tensor, VocabShard]:
+    """This rank's columns of logits that are a DTensor, and the VocabShard that says which they are.
+
+    The way from tensor parallelism by torch (a ColwiseParallel head with use_local_output=False) to the functions on
+    logits, which take plain tensors: a DTensor's placements cannot say that every rank computes the same loss.
+
+    dtensor: DTensor [*, padded_vocab_size], floating, Shard(-1) on exactly one dimension of its mesh, Replicate or, of
+        its rows, Shard(0) on all others
+    vocab_size: int >= 1, the real vocabulary, at most the last dimension's size
+    Returns: ([*, vocab_shard_size], sharing the DTensor's memory; VocabShard over the group of that mesh dimension).
+    Raises: ValueError where an argument is not as above: a plain tensor, Partial sums (redistribute them first), a
+        vocabulary that no mesh dimension splits, or that two do.
+    Communicates: nothing. Mutates: nothing.
+    Grad: for dtensor, with its own placements.
+    """
+    if not isinstance(dtensor, Tensor) or not is_distributed(dtensor):
+        got = f"a plain tensor {list(dtensor.shape)}" if isinstance(dtensor, Tensor) else type(dtensor).__name__
+        raise ValueError(f"dtensor: wanted a DTensor [*, padded_vocab_size], got {got}")
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements, last = dtensor.device_mesh, dtensor.placements, dtensor.ndim - 1
+    split_by = []
+    for number, placement in enumerate(placements):
+        dim = placement.dim % max(dtensor.ndim, 1) if isinstance(placement, Shard) else None
+        if dim is not None and dim == last:
+            split_by.append(number)
+        elif dim != 0 and not isinstance(placement, Replicate):
+            raise ValueError(
+                f"dtensor: wanted Shard(-1) on one mesh dimension and Replicate or Shard(0) on the others, got "
+                f"{placement} on mesh dimension {number}{'; redistribute it first' if placement.is_partial() else ''}"
+            )
+    if len(split_by) != 1:
+        listed = ", ".join(map(str, placements))
+        raise ValueError(
+            f"dtensor: wanted Shard(-1) on exactly one mesh dimension, got it on {len(split_by)} of ({listed})"
+        )
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= dtensor.shape[-1]:
+        raise ValueError(
+            f"vocab_size: wanted an int in [1, {dtensor.shape[-1]}], dtensor's columns, got {vocab_size!r}"
+        )
+    shape, offset = compute_local_shape_and_global_offset(dtensor.shape, mesh, placements)
+    start = offset[last]
+    return dtensor.to_local(), VocabShard(start, start + shape[last], vocab_size, mesh.get_group(split_by[0]))
 
 
 def find_tiling_fault(bounds: Sequence[Sequence[int]]) -> str | None:
