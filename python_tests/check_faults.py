@@ -226,6 +226,16 @@ FAULTS = {
             lambda _: 1031,
         ),
     ),
+    "gradients where a logit is -inf": Fault(
+        ("gather_log_probs",),
+        lambda: [
+            spoiled(
+                OPS,
+                "scores_backward",
+                lambda original, logits, *rest: original(logits, *rest) + (logits == -torch.inf) * 0.01,
+            )
+        ],
+    ),
     "ids of top-k reversed": Fault(
         ("topk_log_probs", "linear_topk_log_probs", OP),
         output(("topk_log_probs", "merge_topk"), -1, lambda ids: ids.flip(-1)),
@@ -279,5 +289,10 @@ def plant_in_commands(name: str, folder: Path) -> dict[str, str]:
     (folder / "sitecustomize.py").write_text(
         f"import check_faults\nkept = check_faults.planted({name!r})\nkept.__enter__()\n"
     )
+    return environment_with(folder)
+
+
+def environment_with(folder: Path) -> dict[str, str]:
+    """The environment of a command that runs the sitecustomize in the folder."""
     paths = [str(folder), str(ROOT / "python_tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

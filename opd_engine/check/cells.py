@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class Cell:
     function: str  # as it is exported
     line: str  # of the table: what of the function is looked at
     setting: str = ""  # which of the line's cells
+    communicates: ClassVar[bool] = True  # else the rank that judges calls alone
 
     @property
     def name(self) -> str:
@@ -111,7 +113,7 @@ def ask(cell: Cell, inputs: Inputs, options: Options) -> tuple[Answer, bool]:
     found = _backward(cell, inputs, called, own)
     parts = {name: found[name].detach() for name in cell.gradients(inputs) if name in found}
     outputs = {name: output.detach() for name, output in called.outputs.items() if output is not None}
-    if inputs.world.group is None:
+    if inputs.world.group is None or not cell.communicates:
         return {**outputs, **parts}, True
     named = cell.gradients(inputs)
     return _gather(inputs, outputs, {name: (leaves[leaf], parts.get(name)) for name, leaf in named.items()})
@@ -205,6 +207,8 @@ def run_cells(
                 left_out.append((cell.function, name))
                 if len(left_out) % turns == turn:
                     without.append(name)
+        if not (judges or cell.communicates):
+            continue
         try:
             answer, same = ask(cell, inputs, options)
         except (ValueError, RuntimeError) as error:

@@ -48,6 +48,11 @@ class Inputs:
         spread = torch.tensor([0.25, 1.0, 3.0, 6.0])[torch.arange(self.num_rows) % 4][:, None]
         self.student = self._logits(spread, VOCAB_SIZE)
         self.teacher = self._logits(spread, WIDE_VOCAB_SIZE)
+        self.edges = self.student.clone()
+        self.edges[1, :VOCAB_SIZE] = -math.inf
+        self.edges[1, 700] = 0.0  # the only id
+        self.edges[2, :VOCAB_SIZE] = -0.5  # all alike
+        self.edges[5, 7:VOCAB_SIZE] = -math.inf  # fewer ids than K
         spread = torch.tensor([0.25, 0.5, 1.0, 2.0])[torch.arange(self.num_rows) % 4][:, None]
         self.hidden, self.weight, self.bias = self._head(spread, HIDDEN_SIZE, VOCAB_SIZE)
         self.teacher_hidden, self.teacher_weight, self.teacher_bias = self._head(

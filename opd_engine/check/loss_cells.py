@@ -170,18 +170,21 @@ def bucket_cells(full: bool) -> Iterator[Cell]:
 
 def full_cells(full: bool) -> Iterator[Cell]:
     """Every divergence; unequal vocabularies, row temperatures and in place, with `full` for every divergence too."""
+    finite_at_edges = tuple(name for name in DIVERGENCES if name != "forward_kl")  # infinite where the student has none
     finite = tuple(name for name in DIVERGENCES if name != "reverse_kl")  # infinite where the teacher has no mass
     plain = FullCell(function="full_distill_loss", line="equal vocabularies", divergence="reverse_kl")
     narrow = replace(plain, line="teacher knows less", teacher_vocab_size=NARROW_VOCAB_SIZE)
     wide = replace(plain, line="teacher knows more", teacher_vocab_size=WIDE_VOCAB_SIZE)
     per_row = replace(plain, line="row temperatures", row_temperature=True)
     inplace = replace(plain, line="in place", source=FromLogits(inplace=True))
+    edges = replace(plain, line="edge rows", source=FromLogits(edges=True))
     for cell, names in (
         (plain, DIVERGENCES),
         (narrow, finite if full else ("forward_kl", "skew_reverse_kl")),
         (wide, DIVERGENCES if full else ("reverse_kl", "jsd")),
         (per_row, DIVERGENCES if full else ("reverse_kl", "skew_forward_kl")),
         (inplace, DIVERGENCES if full else ("forward_kl", "jsd")),
+        (edges, finite_at_edges if full else ("jsd",)),
     ):
         for name in names:
             yield replace(cell, setting=name, divergence=name)

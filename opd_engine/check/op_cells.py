@@ -135,6 +135,7 @@ class OpCell(Cell):
     ops: Callable[[Inputs, dict[str, Tensor]], Called]
     like: Cell
     names: tuple[str, ...] = ("d logits",)
+    communicates = False
 
     def leaves(self, inputs):
         return self.like.leaves(inputs)

@@ -49,12 +49,14 @@ def scaled(logits: Tensor, vocab_size: int, temperature: float | Tensor, dtype: 
     """Logits / temperature, of which there may be one a row."""
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype)[:, None]
-    return logits[:, :vocab_size].to(dtype) / temperature
+    y = logits[:, :vocab_size].to(dtype) / temperature
+    return y.masked_fill(y == -math.inf, -math.inf)  # and without a gradient there, by convention: docs/math.md (37)
 
 
 def top_ids(logits: Tensor, k: int, vocab_size: int) -> Tensor:
-    """Equation: docs/math.md (14), by a stable sort."""
-    return torch.sort(logits[:, :vocab_size].detach().double(), dim=-1, descending=True, stable=True).indices[:, :k]
+    """Equation: docs/math.md (14), by a stable sort; -1 where no column above -inf is left."""
+    values, ids = torch.sort(logits[:, :vocab_size].detach().double(), dim=-1, descending=True, stable=True)
+    return torch.where(values == -math.inf, -1, ids)[:, :k]
 
 
 def scores(
@@ -75,7 +77,7 @@ def scores(
     if "lse" in fields:
         found["lse"] = torch.logsumexp(y, -1)
     if "entropy" in fields:
-        found["entropy"] = -(log_q.exp() * log_q).sum(-1)
+        found["entropy"] = -(log_q.exp() * log_q.masked_fill(log_q == -math.inf, 0.0)).sum(-1)
     if "target_log_prob" in fields:
         picked = log_q.gather(-1, target.clamp_min(0)[:, None])[:, 0]
         found["target_log_prob"] = torch.where(target >= 0, picked, -math.inf)

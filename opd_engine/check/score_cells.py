@@ -107,6 +107,7 @@ class MixtureCell(Cell):
 
     mode: str
     per_row: bool
+    communicates = False
 
     def leaves(self, inputs):
         return {}
@@ -181,6 +182,7 @@ def score_cells() -> Iterator[Cell]:
     """From logits."""
     yield TopkCell(function="topk_log_probs", line="ids and scores")
     yield TopkCell(function="topk_log_probs", line="row temperatures", row_temperature=True)
+    yield TopkCell(function="topk_log_probs", line="edge rows", source=FromLogits(edges=True))
     for support in SUPPORTS:
         yield GatherCell(
             function="gather_log_probs", line="log-probs and tail", setting=support, fields=BUCKETS, support=support
@@ -189,6 +191,7 @@ def score_cells() -> Iterator[Cell]:
         yield GatherCell(function="gather_log_probs", line=name, fields=(name,))
     yield GatherCell(function="gather_log_probs", line="row temperatures", row_temperature=True)
     yield GatherCell(function="gather_log_probs", line="in place", source=FromLogits(inplace=True))
+    yield GatherCell(function="gather_log_probs", line="edge rows", source=FromLogits(edges=True))
     yield GatherCell(function="gather_log_probs", line="partial losses", partial=True)
     yield GatherCell(function="gather_log_probs", line="under debug", debug=True)
     yield GatherCell(function="gather_log_probs", line="leading dimensions", leading=True)

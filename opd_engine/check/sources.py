@@ -23,10 +23,11 @@ class FromLogits:
     """The student's logits, a shard's columns."""
 
     inplace: bool = False  # the backward writes the gradient over them
+    edges: bool = False  # with rows of one id, of few, of equals
     prefix = ""
 
     def leaves(self, inputs: Inputs) -> dict[str, Leaf]:
-        return {"logits": Leaf(inputs.student, "columns")}
+        return {"logits": Leaf(inputs.edges if self.edges else inputs.student, "columns")}
 
     def gradients(self, inputs: Inputs) -> dict[str, str]:
         named = {"d logits": "logits"}
