@@ -117,6 +117,13 @@ def test_a_student_whose_balancing_loss_would_be_left_out_is_refused_and_a_teach
     assert "(router_aux_loss_coef = 0.001)" in refusal(capsys, place), "transformers' own, where the file is silent"
 
 
+@pytest.mark.parametrize("which, key", [("student", "student.path"), ("teacher", "teachers.t")])
+def test_positions_are_compared_with_the_longest_prompt_and_its_answer(capsys, place, which, key):
+    edited(place / which, model_type="gpt2", max_position_embeddings=131, architectures=["GPT2LMHeadModel"])
+    line = refusal(capsys, place)
+    assert f"{key}: wanted a model of at least 132 positions, for the longest prompt's 4 tokens" in line
+
+
 CHAT = {"prompt": [{"role": "user", "content": "1"}]}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from opd_engine.integrations.hf.models import load_tokenizer
 from opd_engine.train.backends import backend
 from opd_engine.train.config import TrainConfig
-from opd_engine.train.folders import check_balancing, check_model_folder
+from opd_engine.train.folders import check_balancing, check_model_folder, check_positions
 from opd_engine.train.prompts import Encoding, Prompt, encode_records, hold_out
 from opd_engine.train.records import Keys, Skipped, read_records
 from opd_engine.train.settings import ConfigError
@@ -71,9 +71,10 @@ def _prepare_prompts(config: TrainConfig, show_progress: ShowProgress) -> Experi
     data, teachers = config.data, {name: Path(path) for name, path in teacher_paths(config).items()}
     can = backend(config.run.backend).CAPABILITIES
     student = Path(config.student.path).expanduser()
-    check_balancing(check_model_folder(student, "student.path"), student, "student.path", can)
+    folders = {"student.path": check_model_folder(student, "student.path")}
+    check_balancing(folders["student.path"], student, "student.path", can)
     for name, folder in teachers.items():
-        check_model_folder(folder, f"teachers.{name}", adapters=can.lora)
+        folders[f"teachers.{name}"] = check_model_folder(folder, f"teachers.{name}", adapters=can.lora)
     tokenizer = load_tokenizer(student, trust_remote_code=config.student.trust_remote_code, argument="student.path")
     how = Encoding(
         data.max_prompt_tokens,
@@ -109,4 +110,8 @@ def _prepare_prompts(config: TrainConfig, show_progress: ShowProgress) -> Experi
     for name, given in config.teachers.items():
         if text := settings_of(given).prompt_prefix:
             prefixes[name] = tuple(tokenizer.encode(text, add_special_tokens=False))
+    for argument, described in folders.items():
+        longest = max(prompt.num_tokens for prompt in (*train, *evaluation))
+        before = len(prefixes.get(argument.removeprefix("teachers."), ()))
+        check_positions(described or {}, argument, longest + before, config.rollout.max_new_tokens)
     return Experiment(student, teachers, train, evaluation, prefixes=prefixes, first_id=tokenizer.bos_token_id)

@@ -17,6 +17,9 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _BALANCING = ("router_aux_loss_coef", "aux_loss_alpha", "moe_aux_loss_coeff", "router_z_loss_coef")
 
+# Families whose positions are rows of a table: there is nothing for one more.
+_LEARNED = ("gpt2", "gpt_neo", "gpt_bigcode", "opt", "biogpt", "openai-gpt")
+
 
 def read_config(folder: str | Path, argument: str) -> dict[str, Any]:
     """A model folder's config.json.
@@ -113,4 +116,15 @@ def check_balancing(config: Mapping[str, Any], folder: str | Path, argument: str
             f"{argument}: {str(folder)!r} has experts and a loss that balances them ({key} = {value:g}), which is not "
             f"computed by the {can.actor} actor: its experts would drift apart; set {key} to 0 in its config.json to "
             "train without it"
+        )
+
+
+def check_positions(config: Mapping[str, Any], argument: str, longest: int, max_new_tokens: int) -> None:
+    """Raises: ConfigError where the longest prompt and its answer have no place among a model's learned positions."""
+    limit = next((config[name] for name in ("max_position_embeddings", "n_positions") if name in config), None)
+    if config.get("model_type") in _LEARNED and isinstance(limit, int) and longest + max_new_tokens > limit:
+        raise ConfigError(
+            f"{argument}: wanted a model of at least {longest + max_new_tokens} positions, for the longest prompt's "
+            f"{longest} tokens and rollout.max_new_tokens = {max_new_tokens}, got {limit}; shorten one of the two "
+            "(data.max_prompt_tokens, data.overlong)"
         )

@@ -47,6 +47,10 @@ class Prompt:
         return tuple(array("I", self._ids))
 
     @property
+    def num_tokens(self) -> int:
+        return len(self._ids) // array("I").itemsize
+
+    @property
     def teachers(self) -> tuple[str, ...]:
         """The names of its teachers; none for the pool's default."""
         return ((self.teacher,) if self.teacher else ()) if isinstance(self.teacher, str) else self.teacher
