@@ -37,8 +37,9 @@ def _train_parser(commands) -> None:
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="TOML file; without one, defaults and flags")
     for flag, key, metavar, text in _SHORTHANDS:
+        single = {"action": Once} if key in ("student.path", "data.prompts") else {}
         parser.add_argument(
-            flag, dest=key, metavar=metavar, action=Once, default=argparse.SUPPRESS, help=f"{text} (--{key})"
+            flag, dest=key, metavar=metavar, default=argparse.SUPPRESS, help=f"{text} (--{key})", **single
         )
     for flag, text in (
         ("resume", "refuse to begin where --output-dir holds no run to continue"),

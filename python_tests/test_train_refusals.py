@@ -202,7 +202,7 @@ def test_a_mixture_over_prompts_of_one_teacher_each_is_refused(capsys, place):
         (["--rollout.top_logprobs", "3"], 'rollout.top_logprobs: wanted 0 for opd.support = "student"'),
         (["--student", "again"], "--student: given twice, "),
         (["--teacher", "t=again"], "--teacher: 't' is given twice, "),
-        (["--opd.k", "4", "--opd.k", "5"], "--opd.k: given twice, '4' and '5'"),
+        (["--prompts", "again"], "--prompts: given twice, "),
     ],
 )
 def test_settings_that_cannot_work_together_are_named(capsys, place, flags, said):

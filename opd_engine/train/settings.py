@@ -213,7 +213,7 @@ def look_up(source: Any, key: str) -> Any:
 
 
 class Once(argparse.Action):
-    """Stores a value; a second one for the same setting would silently win. Raises: ValueError with both."""
+    """Stores what there is one of, a model say: a second one would silently win. Raises: ValueError with both."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if self.dest in vars(namespace):
@@ -235,7 +235,6 @@ def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> N
             f"--{setting.key}",
             dest=setting.key,
             metavar={bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT", dict: "JSON"}[setting.kind],
-            action=Once,
             default=argparse.SUPPRESS,
             help=shown,
             **optional_value,
