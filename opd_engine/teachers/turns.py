@@ -69,6 +69,10 @@ class Member:
         self._tensors, self._folder, self._changes = tensors, folder, changes
         self._away: dict[int, tuple[torch.UntypedStorage, int, Tensor | Path]] = {}
         self.is_here = True
+        for tensor in tensors():
+            # Weights that a file was mapped for cannot give their memory back.
+            if not local_tensor(tensor.detach()).untyped_storage().resizable():
+                tensor.data = tensor.data.clone()
 
     @property
     def nbytes(self) -> int:

@@ -69,6 +69,10 @@ class RunConfig:
         "layer but its input (full)",
         choices=("none", "selective", "full"),
     )
+    offload: bool = described(False, "hf on several ranks: parameters and optimizer lie on the host", rare=True)
+    two_phase: bool = described(
+        False, "hf: teachers and student are never on the device together, teachers come one after the other"
+    )
     resume: bool = described(False, "only continue: refuse to begin a run where output_dir holds none")
     overwrite: bool = described(
         False, "begin anew where output_dir already holds a run, which is then lost; else the same command continues it"
@@ -88,6 +92,14 @@ class StudentConfig:
 
     path: str = described("", "folder of a transformers causal LM and its tokenizer; the tasks make their own")
     trust_remote_code: bool = described(False, "run Python code that lies in the model folders")
+    lora_rank: int = described(
+        0, "train a LoRA adapter of this rank and nothing else, 0 trains the whole student", min=0
+    )
+    lora_alpha: float = described(0.0, "its scale is alpha / rank; 0 is twice the rank", rare=True, min=0.0)
+    lora_targets: str = described(
+        "", "layers it lies on, by the ends of their names, with commas; empty: all linear ones", rare=True
+    )
+    lora_dropout: float = described(0.0, "dropout before the adapter", rare=True, min=0.0, max=0.99)
 
 
 @dataclass

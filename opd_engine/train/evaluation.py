@@ -72,18 +72,23 @@ class Evaluator:
 
     def _batches(self, teacher: str) -> Iterator[RolloutBatch]:
         """What divergence is measured on: the passages, or what the student samples after the held-out prompts."""
-        limit, deal = self.config.max_prompts or None, self.parts.shares.deal
+        limit, shares = self.config.max_prompts or None, self.parts.shares
+        deal = shares.deal
         if passages := self.experiment.passages.get(teacher, [])[:limit]:
-            pairs = [(passages[index][:1], passages[index][1:]) for index in deal(len(passages))]
+            total = len(passages)
+            pairs = [(passages[index][:1], passages[index][1:]) for index in deal(total)]
         else:
             prompts = [
                 p for prompts in self._held_out().values() for p in prompts if teacher in (p.teachers or (teacher,))
             ]
-            own = deal(len(prompts))
+            total = len(prompts)
+            own = deal(total)
             ids = [prompts[index].token_ids for index in own]
             written = self.parts.engine.generate(ids, self.sampling, seed=sample_seeds(self.seed, 0, own))
             pairs = list(zip(ids, written.tokens, strict=True))
-        for start in range(0, len(pairs), self.config.batch_size):
+        # As many batches on every rank: a sharded model takes all of them, also where one has no pair left.
+        longest = -(-total // shares.size)
+        for start in range(0, longest, self.config.batch_size):
             part = pairs[start : start + self.config.batch_size]
             shown = [self.experiment.seen_by([teacher], prompt) for prompt, _ in part]
             given = {"teacher_prompts": shown} if teacher in self.experiment.prefixes else {}

@@ -255,10 +255,8 @@ class Trainer:
     ) -> None:
         """A few of the first share's rollouts, as far from their teachers as the student is before it learns of them.
 
-        Only the ranks of that share make the pass: the others wait where the step's gradients meet.
+        Every share makes the pass, since a sharded student takes all ranks; the first rank writes its own.
         """
-        if self.shares.rank != 0:
-            return
         chosen = choose(batch)
         divergences = self.actor.row_divergences(chosen, scored)
         if self.journal is not None:

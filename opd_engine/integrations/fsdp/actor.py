@@ -59,7 +59,8 @@ CAPABILITIES = Capabilities(
     offload=True,
     two_phase=True,
     why={
-        "axes": 'it splits neither layers nor sequences; run.backend = "megatron" does',
+        "pp": 'it does not split layers; run.backend = "megatron" does',
+        "cp": "it does not split sequences; a megatron actor can, with a model that does",
         "teacher_weights": "teachers are modules of their own",
         "recompute": "it computes whole layers again, or nothing",
     },

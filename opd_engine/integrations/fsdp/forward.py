@@ -70,6 +70,7 @@ class CausalForward:
         own = even_shard(self.vocab_size, group, group_size(group), group_rank(group))
         self.shard = own or VocabShard(0, width, self.vocab_size)
         self._counts_from_zero = counts_from_zero(model)
+        self.reshard()
         self.packed = reads_unequal_lengths(model) if packed is None else packed
         if self.packed and not keeps_sequences_apart(model, device):
             if packed:

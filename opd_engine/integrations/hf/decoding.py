@@ -52,8 +52,10 @@ def counts_from_zero(model: nn.Module) -> bool:
     model.eval()
     try:
         device = next(model.parameters()).device
-        ids = torch.arange(4, device=device)[None]
-        own, told = (model(input_ids=ids, use_cache=False, **more).logits for more in ({}, {"position_ids": ids}))
+        places = torch.arange(4, device=device)[None]
+        # Not the lowest ids: some families take one of them for padding, and do not count it.
+        ids = (places + 5) % model.get_input_embeddings().weight.shape[0]
+        own, told = (model(input_ids=ids, use_cache=False, **more).logits for more in ({}, {"position_ids": places}))
     except Exception:  # takes no positions, or none that are written out
         return False
     finally:

@@ -36,6 +36,11 @@ def check_capabilities(config: TrainConfig, can: Capabilities) -> None:
     _require(can, "run.dtype", run.dtype, can.dtypes, "dtypes")
     _require(can, "run.recompute", run.recompute, can.recompute, "recompute")
     _require(can, "run.teacher_weights", run.teacher_weights, can.teacher_weights, "teacher_weights")
+    for name in ("offload", "two_phase"):
+        if not getattr(can, name):
+            _require(can, f"run.{name}", getattr(run, name), (False,), name)
+    if not can.lora:
+        _require(can, "student.lora_rank", config.student.lora_rank, (0,), "lora")
     if not can.chunked_head:
         _require(can, "run.workspace_bytes", run.workspace_bytes, (0,), "chunked_head")
 
