@@ -95,33 +95,18 @@ def members_from_hidden(
     sequence = batch.row_sequence().cpu()[host_rows.clamp(min=0)]
     found = []
     for owner in owners:
-        whole: TokenScores | None = None
+        parts, places = [], []
         for name in teachers.names:
             if name not in owner:
                 continue
             here = torch.tensor([own == name for own in owner], dtype=torch.bool)[sequence] & (counted >= 0)
             where = here.nonzero().flatten()
             hidden = cache.hidden(name, batch, counted[where], device)
-            where = where.to(device)
             options = {"vocab_size": vocab_size, "temperature": temperature}
-            scores = teachers.score_hidden(name, heads[name], hidden, indices[where], **options)
-            whole = _no_mass(indices, scores.log_probs.dtype) if whole is None else whole
-            for field, values in _columns(whole).items():
-                values.index_copy_(0, where, getattr(scores, field))
-        found.append(_no_mass(indices, torch.float32) if whole is None else whole)
+            parts.append(teachers.score_hidden(name, heads[name], hidden, indices[where.to(device)], **options))
+            places.append(where)
+        if parts:
+            found.append(TokenScores.cat(parts).place(torch.cat(places), len(host_rows), indices=indices))
+        else:
+            found.append(TokenScores.absent(*indices.shape, indices=indices))
     return found
-
-
-def _columns(scores: TokenScores) -> dict[str, Tensor]:
-    return {name: getattr(scores, name) for name in ("log_probs", "tail_log_prob", "lse", "entropy")}
-
-
-def _no_mass(indices: Tensor, dtype: torch.dtype) -> TokenScores:
-    rows, device = indices.shape[0], indices.device
-    return TokenScores(
-        indices=indices,
-        log_probs=torch.full(indices.shape, -torch.inf, dtype=dtype, device=device),
-        tail_log_prob=torch.zeros(rows, dtype=dtype, device=device),
-        lse=torch.full((rows,), torch.nan, dtype=dtype, device=device),
-        entropy=torch.full((rows,), torch.nan, dtype=dtype, device=device),
-    )

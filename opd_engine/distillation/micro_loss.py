@@ -56,26 +56,7 @@ class RowsHere:
         return self.rows.to(self.device)
 
     def whole_scores(self, scores: TokenScores, indices: Tensor | None = None) -> TokenScores:
-        real = (self.rows >= 0).nonzero().flatten()
-        source, target = real.to(self.device), self.rows[real].to(self.device)
-
-        def placed(values: Tensor, fill: float) -> Tensor:
-            absent = values.new_full((self.num_tokens, *values.shape[1:]), fill)
-            return absent.index_copy(0, target, values[source])
-
-        columns = {
-            name: placed(value, fill) for name, fill in _FILLS.items() if (value := getattr(scores, name)) is not None
-        }
-        return TokenScores(indices=placed(scores.indices, -1) if indices is None else indices, **columns)
-
-
-_FILLS = {
-    "log_probs": -torch.inf,
-    "tail_log_prob": 0.0,
-    "lse": torch.nan,
-    "entropy": torch.nan,
-    "target_log_prob": -torch.inf,
-}
+        return scores.place(self.rows, self.num_tokens, indices=indices)
 
 
 def is_sum_over_rows(config: OPDConfig) -> bool:
@@ -180,5 +161,4 @@ class _RecordedDivergence:
 
     def student(self) -> TokenScores:
         """The student's scores of all rows, without gradient."""
-        names = ("indices", "log_probs", "tail_log_prob", "lse", "entropy")
-        return TokenScores(**{name: torch.cat([getattr(part, name) for part in self._scores]) for name in names})
+        return TokenScores.cat(self._scores)

@@ -6,7 +6,7 @@ k + 1 buckets a row instead of a vocabulary: this is all that crosses from a tea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,15 @@ from torch import Tensor
 
 from opd_engine.parallel.tensors import refuse_distributed
 
+# A row that nobody scored has no id and all of its mass in the tail: harmless in a loss that masks it.
+_ABSENT = {
+    "indices": -1,
+    "log_probs": -torch.inf,
+    "tail_log_prob": 0.0,
+    "lse": torch.nan,
+    "entropy": torch.nan,
+    "target_log_prob": -torch.inf,
+}
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -73,6 +82,46 @@ class TokenScores:
         scores.__dict__ = fields
         return scores
 
+    @classmethod
+    def absent(
+        cls,
+        num_rows: int,
+        k: int,
+        *,
+        indices: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        has_target: bool = False,
+    ) -> TokenScores:
+        """Rows that nobody scored: log-probs of -inf, all mass in the tail, lse and entropy NaN.
+
+        indices: [num_rows, k], ids that they hold all the same, whose device counts; None: -1 everywhere
+        has_target: whether there is a target_log_prob, of -inf
+        """
+        if indices is None:
+            indices = torch.full((num_rows, k), _ABSENT["indices"], dtype=torch.int64, device=device)
+        one = {"dtype": dtype, "device": indices.device}
+        names = [name for name in _ABSENT if name != "indices" and (has_target or name != "target_log_prob")]
+        shapes = {"log_probs": (num_rows, k)}
+        columns = {name: torch.full(shapes.get(name, (num_rows,)), _ABSENT[name], **one) for name in names}
+        return cls(indices=indices, **columns)
+
+    @classmethod
+    def cat(cls, parts: Sequence[TokenScores]) -> TokenScores:
+        """One after the other, flat; narrower supports are widened, a field that a part lacks is None.
+
+        Raises: ValueError where there is no part.
+        """
+        if not parts:
+            raise ValueError("parts: wanted at least one, got none")
+        if len(parts) == 1:
+            return parts[0]
+        widest = max(part.k for part in parts)
+        wide = [part.widen(widest) for part in parts]
+        columns = {name: [getattr(part, name) for part in wide] for name in _ABSENT}
+        whole = {name: torch.cat(values) for name, values in columns.items() if all(one is not None for one in values)}
+        return cls(**whole)
+
     @property
     def k(self) -> int:
         """Ids a row."""
@@ -116,6 +165,42 @@ class TokenScores:
         if -1 in leading_shape and self.k == 0:
             leading_shape = tuple(torch.empty(self.leading_shape, device="meta").reshape(*leading_shape).shape)
         return self._map(lay_out)
+
+    def widen(self, k: int) -> TokenScores:
+        """The same with k ids a row: absent ones behind those that are there.
+
+        Raises: ValueError where there are more already.
+        """
+        if k < self.k:
+            raise ValueError(f"k: wanted at least the {self.k} ids that a row has, got {k}")
+        if k == self.k:
+            return self
+
+        def fill(name: str, value: Tensor) -> Tensor:
+            if name not in ("indices", "log_probs"):
+                return value
+            return torch.nn.functional.pad(value, (0, k - self.k), value=_ABSENT[name])
+
+        return self._map(fill)
+
+    def place(self, rows: Tensor, num_rows: int, *, indices: Tensor | None = None) -> TokenScores:
+        """Flat scores put where they belong among num_rows rows; the others are absent.
+
+        rows: [T] int64, each row's new place, -1 for one that has none; on the host, where it costs no synchronisation
+        indices: [num_rows, k], the ids of all rows where they are known; None: those that are here
+        Grad: for the scores.
+        """
+        real = (rows >= 0).nonzero().flatten()
+        device = self.indices.device
+        source, target = real.to(device), rows[real].to(device)
+
+        def put(name: str, value: Tensor) -> Tensor:
+            if name == "indices" and indices is not None:
+                return indices
+            whole = value.new_full((num_rows, *value.shape[1:]), _ABSENT[name])
+            return whole.index_copy(0, target, value if source.numel() == value.size(0) else value[source])
+
+        return self._map(put)
 
     def select(self, rows: Tensor) -> TokenScores:
         """The rows asked for: rows is [n] int64 or a [T] bool mask over the first leading dimension."""

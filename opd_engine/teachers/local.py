@@ -166,31 +166,19 @@ class LocalTeacher:
 
     def _walk(self, batch: ScoringBatch, score_rows: ScoreRows, width: int) -> TokenScores:
         """Run the model over micro-batches and put the rows' scores in their places."""
-        result: dict[str, Tensor] = {}
-        start = 0
+        parts, places, start = [], [], 0
         with self._scoring(), torch.no_grad(), scoring_mode(self.backend):
             for micro in batch.micro_batches(max_tokens=self.max_tokens):
                 for rows, logits in self._logits(micro):
                     scores = score_rows(logits, rows + start)
-                    for name, value in _fields(scores).items():
-                        if name not in result:
-                            result[name] = _unscored(name, value, batch.num_tokens, on_host=self.splits_itself)
-                        result[name][(rows + start).to(result[name].device)] = value.to(result[name].device)
+                    parts.append(scores.to("cpu") if self.splits_itself else scores)
+                    places.append(rows + start)
                     # Free this chunk before the next one is made: two would double the bound.
                     del logits, scores
                 start += micro.num_tokens
-        if not result:
-            device = batch.tokens.device
-            rows = batch.num_tokens
-            return TokenScores(
-                indices=torch.full((rows, width), -1, dtype=torch.int64, device=device),
-                log_probs=torch.full((rows, width), -torch.inf, device=device),
-                tail_log_prob=torch.zeros(rows, device=device),
-                lse=torch.full((rows,), torch.nan, device=device),
-                entropy=torch.full((rows,), torch.nan, device=device),
-                target_log_prob=torch.full((rows,), -torch.inf, device=device),
-            )
-        return TokenScores(**result)
+        if not parts:
+            return TokenScores.absent(batch.num_tokens, width, device=batch.tokens.device, has_target=True)
+        return TokenScores.cat(parts).place(torch.cat(places), batch.num_tokens)
 
     def _logits(self, micro: ScoringBatch) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of (rows of the micro-batch, their logits)."""
@@ -237,8 +225,7 @@ class _LocalHead:
                 logits = backend.project(hidden[rows])
                 shard = self.teacher._shard(logits)
                 parts.append(gather_log_probs(logits, indices[rows], temperature=temperature, shard=shard))
-        columns = {name: [_fields(part)[name] for part in parts] for name in _fields(parts[0])}
-        return TokenScores(**{name: torch.cat(values) for name, values in columns.items()})
+        return TokenScores.cat(parts)
 
 
 @contextlib.contextmanager
@@ -257,15 +244,3 @@ def scoring_mode(backend: ModelBackend) -> Iterator[None]:
 
 def _at(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     return values[rows.to(values.device)].to(device)
-
-
-def _fields(scores: TokenScores) -> dict[str, Tensor]:
-    names = ("indices", "log_probs", "tail_log_prob", "lse", "entropy", "target_log_prob")
-    return {name: getattr(scores, name) for name in names if getattr(scores, name) is not None}
-
-
-def _unscored(name: str, like: Tensor, num_tokens: int, *, on_host: bool) -> Tensor:
-    """What a row that was not scored holds: no ids, and all mass in the tail, so that it is harmless when masked."""
-    like = like.cpu() if on_host else like
-    fill = {"indices": -1, "tail_log_prob": 0.0, "lse": torch.nan, "entropy": torch.nan}.get(name, -torch.inf)
-    return like.new_full((num_tokens, *like.shape[1:]), fill)

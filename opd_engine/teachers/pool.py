@@ -363,20 +363,5 @@ def _scatter(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
 
 def _gather(scores: TokenScores, rows: Tensor) -> TokenScores:
     """Scores of the teacher's own rows, brought back to the batch's; rows it does not have are absent, harmless."""
-    rows = rows.to(scores.indices.device)
-    known, source = rows >= 0, rows.clamp(min=0)
-
-    def back(value: Tensor | None, fill: float) -> Tensor | None:
-        if value is None:
-            return None
-        mask = known if value.dim() == 1 else known.unsqueeze(-1)
-        return value[source].masked_fill(~mask, fill)
-
-    return TokenScores(
-        indices=back(scores.indices, -1),
-        log_probs=back(scores.log_probs, -torch.inf),
-        tail_log_prob=back(scores.tail_log_prob, 0.0),
-        lse=back(scores.lse, torch.nan),
-        entropy=back(scores.entropy, torch.nan),
-        target_log_prob=back(scores.target_log_prob, -torch.inf),
-    )
+    known = (rows >= 0).nonzero().flatten()
+    return scores.select(rows[known].to(scores.indices.device)).place(known.cpu(), rows.numel())

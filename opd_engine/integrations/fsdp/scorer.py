@@ -180,7 +180,9 @@ class ModelScorer:
                 if scores is not None:
                     parts.append(scores.to("cpu"))
             self.forward.reshard()
-        return joined(parts) if parts else nothing(batch.num_tokens, width)
+        if not parts:
+            return TokenScores.absent(batch.num_tokens, width, has_target=True)
+        return TokenScores.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -223,35 +225,4 @@ def idle_batch() -> RolloutBatch:
         sample_ids=one - 1,
         rollout_ids=one - 1,
         teacher_names=[""],
-    )
-
-
-def nothing(rows: int, width: int) -> TokenScores:
-    """Scores of rows that nobody scored: no ids, and all mass in the tail."""
-    return TokenScores(
-        indices=torch.full((rows, width), -1),
-        log_probs=torch.full((rows, width), -torch.inf),
-        tail_log_prob=torch.zeros(rows),
-        lse=torch.full((rows,), torch.nan),
-        entropy=torch.full((rows,), torch.nan),
-        target_log_prob=torch.full((rows,), -torch.inf),
-    )
-
-
-def joined(parts: list[TokenScores]) -> TokenScores:
-    """One after the other; narrower supports are filled up with absent ids."""
-    width = max(part.k for part in parts)
-
-    def column(name: str, fill: float | None = None) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        if values[0] is None:
-            return None
-        if fill is not None:
-            values = [torch.nn.functional.pad(value, (0, width - value.shape[1]), value=fill) for value in values]
-        return torch.cat(values)
-
-    return TokenScores(
-        indices=column("indices", -1),
-        log_probs=column("log_probs", -torch.inf),
-        **{name: column(name) for name in ("tail_log_prob", "lse", "entropy", "target_log_prob")},
     )

@@ -16,8 +16,6 @@ from opd_engine.integrations.megatron.batches import MicroInput
 from opd_engine.integrations.megatron.groups import MegatronGroups
 from opd_engine.parallel.collectives import all_gather_replicated, all_gather_stacked
 
-_FILLS = {"tail_log_prob": 0.0, "lse": torch.nan, "entropy": torch.nan, "target_log_prob": -torch.inf}
-
 
 @dataclass(frozen=True)
 class ContextExchange:
@@ -52,19 +50,20 @@ def whole_scores(
         without `indices` another of k int64.
     Grad: for the scores, each rank's own rows.
     """
-    names = [name for name in _FILLS if getattr(scores, name) is not None]
+    names = ("tail_log_prob", "lse", "entropy", "target_log_prob")
+    names = [name for name in names if getattr(scores, name) is not None]
     k = scores.log_probs.shape[1]
     values = torch.cat([scores.log_probs, torch.stack([getattr(scores, name) for name in names], 1)], 1)
-    fills = torch.tensor([-torch.inf] * k + [_FILLS[name] for name in names])
     group = groups.cp if groups.cp_size > 1 else None
     longest = max(rows.numel() for rows in micro.packed_rows)
-    whole = fills.to(values).repeat(micro.batch.num_tokens, 1)
-    whole = _placed(whole, all_gather_replicated(_lengthened(values, longest), group), micro)
+    values, target = _valid(all_gather_replicated(_lengthened(values, longest), group), micro)
     if indices is None:
-        absent = scores.indices.new_full((micro.batch.num_tokens, k), -1)
-        indices = _placed(absent, all_gather_stacked(_lengthened(scores.indices, longest), group), micro)
-    columns = {name: whole[:, k + position] for position, name in enumerate(names)}
-    return TokenScores(indices=indices, log_probs=whole[:, :k], **columns)
+        ids, _ = _valid(all_gather_stacked(_lengthened(scores.indices, longest), group), micro)
+    else:
+        ids = indices.index_select(0, target.to(indices.device))
+    columns = {name: values[:, k + position] for position, name in enumerate(names)}
+    found = TokenScores(indices=ids, log_probs=values[:, :k], **columns)
+    return found.place(target, micro.batch.num_tokens, indices=indices)
 
 
 def _lengthened(values: Tensor, length: int) -> Tensor:
@@ -77,12 +76,6 @@ def wanted_rows(values: Tensor, micro: MicroInput, groups: MegatronGroups) -> Te
     longest = max(rows.numel() for rows in micro.packed_rows)
     source, target = _valid(all_gather_stacked(_lengthened(values, longest), group), micro)
     return source[target.argsort().to(source.device)]
-
-
-def _placed(whole: Tensor, gathered: Tensor, micro: MicroInput) -> Tensor:
-    """`whole` with every rank's rows put where they belong."""
-    source, target = _valid(gathered, micro)
-    return whole.index_copy(0, target.to(whole.device), source)
 
 
 def _valid(gathered: Tensor, micro: MicroInput) -> tuple[Tensor, Tensor]:

@@ -289,7 +289,7 @@ class MegatronScorer:
                 places[id(micro)] = slice(end, end + micro.batch.num_tokens)
                 end += micro.batch.num_tokens
             parts = self.walk.forward(inputs, on_last_stage)
-        return _joined(parts) if parts else placeholder(batch, width, indices, with_target)
+        return TokenScores.cat(parts) if parts else placeholder(batch, width, indices, with_target)
 
 
 def _divides(values: Tensor, groups: MegatronGroups) -> bool:
@@ -298,32 +298,5 @@ def _divides(values: Tensor, groups: MegatronGroups) -> bool:
 
 def placeholder(batch: RolloutBatch, width: int, indices: Tensor | None, with_target: bool) -> TokenScores:
     """Scores without content, of the shapes the last stage has: no ids unless given, and all mass in the tail."""
-    rows = batch.num_tokens
-    return TokenScores(
-        indices=torch.full((rows, width), -1, dtype=torch.int64) if indices is None else indices.cpu(),
-        log_probs=torch.full((rows, width), -torch.inf),
-        tail_log_prob=torch.zeros(rows),
-        lse=torch.full((rows,), torch.nan),
-        entropy=torch.full((rows,), torch.nan),
-        target_log_prob=torch.full((rows,), -torch.inf) if with_target else None,
-    )
-
-
-def _joined(parts: Sequence[TokenScores]) -> TokenScores:
-    """One after the other; narrower supports are filled up with absent ids."""
-    if len(parts) == 1:
-        return parts[0]
-    width = max(part.k for part in parts)
-
-    def wide(values: Tensor, fill: float) -> Tensor:
-        return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
-
-    columns = {}
-    for name in ("tail_log_prob", "lse", "entropy", "target_log_prob"):
-        values = [getattr(part, name) for part in parts]
-        columns[name] = None if values[0] is None else torch.cat(values)
-    return TokenScores(
-        indices=torch.cat([wide(part.indices, -1) for part in parts]),
-        log_probs=torch.cat([wide(part.log_probs, -torch.inf) for part in parts]),
-        **columns,
-    )
+    ids = None if indices is None else indices.cpu()
+    return TokenScores.absent(batch.num_tokens, width, indices=ids, has_target=with_target)
