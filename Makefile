@@ -117,7 +117,7 @@ $(torch_stamp): | $(py)
 
 # The editable install compiles the module and brings what the main job and the tests need.
 .venv/.installed-dev: pyproject.toml .venv/.installed-build
-	$(pip) --no-build-isolation -c $(constraint) -e '.[train,dev]'
+	$(pip) --no-build-isolation -c $(constraint) -e '.[train,lora,dev]'
 	@touch $@
 
 .venv/.installed-docs: pyproject.toml .venv/.installed-dev

@@ -16,6 +16,7 @@ from megatron.gradient_ranks import Job, start
 from megatron.layouts import LAYOUTS
 from megatron.samples import ROUTED, as_batch
 from opd_engine.distillation import RolloutBatch
+from opd_engine.teachers.sentinel import DeadTeacherError
 
 OPTIONS = {
     "virtual_pipeline_model_parallel_size": 2,
@@ -28,10 +29,10 @@ OPTIONS = {
 
 
 def message(action: Callable) -> str:
-    """The ValueError's text, or what came instead."""
+    """The error's text, or what came instead."""
     try:
         action()
-    except ValueError as problem:
+    except (ValueError, DeadTeacherError) as problem:
         return str(problem)
     return "nothing was refused"
 
@@ -46,6 +47,7 @@ def everything(layout: str) -> dict[str, object]:
         "student_passes": student_passes(job),
         "bf16": in_bf16(job),
         "after the head": refused_after_the_head(job),
+        "dead teacher": refused_dead_teacher(job),
     }
 
 
@@ -184,6 +186,23 @@ def refused_after_the_head(job: Job) -> dict[str, str]:
         Capped.change = staticmethod(change)
         found[name] = message(lambda: actor.score_rollouts(job.share(job.samples), job.teachers))
     return found
+
+
+def refused_dead_teacher(job: Job) -> str:
+    """A teacher whose weights hold NaN, met for the first time."""
+    actor = job.actor(ROUTED)
+    name = job.teachers.names[0]
+    teacher = job.teachers[name]
+    kept, teacher._head_is_checked = [p.detach().clone() for p in teacher.module.parameters()], False
+    with torch.no_grad():
+        for parameter in teacher.module.parameters():
+            parameter.fill_(float("nan"))
+    try:
+        return message(lambda: actor.score_rollouts(job.share(job.samples), job.teachers))
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(teacher.module.parameters(), kept):
+                parameter.copy_(value)
 
 
 def training_modes(job: Job) -> dict[str, bool]:

@@ -114,6 +114,12 @@ def test_bf16_logits_stay_bf16_and_only_wanted_rows_are_projected(ranks):
     assert last["wanted"] <= last["projected"] <= last["wanted"] + 2
 
 
+def test_a_dead_teacher_is_named_on_every_rank(ranks):
+    for rank in ranks:
+        assert rank["dead teacher"].startswith("teacher '") and "NaN" in rank["dead teacher"], rank["dead teacher"]
+    assert len({rank["dead teacher"] for rank in ranks}) == 1
+
+
 def test_what_comes_after_the_head_is_refused_however_little_it_changes_these_logits(ranks):
     for rank in ranks:
         assert len(rank["after the head"]) == 3

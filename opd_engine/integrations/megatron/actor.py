@@ -29,8 +29,15 @@ from opd_engine.integrations.megatron.context_parallel import ContextExchange
 from opd_engine.integrations.megatron.groups import MegatronGroups
 from opd_engine.integrations.megatron.limits import check_trainable
 from opd_engine.integrations.megatron.scorer import MegatronScorer
-from opd_engine.parallel.collectives import all_gather_stacked, all_reduce_max_, all_reduce_sum_, broadcast_
+from opd_engine.parallel.collectives import (
+    all_gather_json,
+    all_gather_stacked,
+    all_reduce_max_,
+    all_reduce_sum_,
+    broadcast_,
+)
 from opd_engine.teachers.pool import TeacherPool
+from opd_engine.teachers.sentinel import DeadTeacherError
 from opd_engine.teachers.weight_store import WeightStore
 
 if TYPE_CHECKING:
@@ -116,13 +123,27 @@ class MegatronActor:
         batch: this data-parallel rank's share, the same on all its tensor, context and pipeline ranks
 
         Returns: scores on the host of the last pipeline stage; the other stages only keep count of them.
-        Raises: ValueError as opd_engine.distillation.score_rollouts, and where ranks were given different batches.
+        Raises: ValueError as opd_engine.distillation.score_rollouts, and where ranks were given different batches;
+            DeadTeacherError on every rank, in the words of one that found it.
         """
         self._begin(batch)
-        scored = score_rollouts(batch, self.student, teachers, self.config)
+        dead = scored = None
+        try:
+            scored = score_rollouts(batch, self.student, teachers, self.config)
+        except DeadTeacherError as error:  # only the last stage of the shares that it scored sees it
+            dead = str(error)
+        for name in ("tp", "cp", "pp", "dp"):
+            group = getattr(self.groups, name)
+            if group.size() > 1 and bool(all_reduce_max_(self._flag(dead is not None), group)):
+                dead = next(found for found in all_gather_json(dead, group, self.walk.device) if found is not None)
+        if dead is not None:
+            raise DeadTeacherError(dead)
         if not self.student.holds_scores:
             scored.cache.forget_values()
         return scored
+
+    def _flag(self, value: bool) -> Tensor:
+        return torch.tensor([int(value)], dtype=torch.int64, device=self.walk.device)
 
     def train_step(self, batch: RolloutBatch, scored: ScoredRollouts, *, lr: float | None = None) -> StepReport:
         """One optimizer step on these samples; scores that no later step uses are freed.

@@ -100,6 +100,8 @@ def _distance(whole: Tensor, ours: Tensor, start: int, roundings: int | None = N
         whole = whole[:, start : start + ours.shape[1]]
     if whole.shape != ours.shape:
         return float("inf")
+    if bool(whole.isnan().any()):
+        return 0.0  # says nothing of the head; a teacher of NaN is named by what looks at its scores
     if roundings is not None:
         eps = max(torch.finfo(tensor.dtype).eps for tensor in (whole, ours))
         whole, ours = whole.double(), ours.double()
