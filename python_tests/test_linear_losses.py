@@ -336,6 +336,33 @@ def test_grad_scale_fills_main_grad_in_the_forward(dtype):
             loss.backward()
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**-9, 1024.0])
+@pytest.mark.parametrize("with_grad_scale", [False, True])
+@pytest.mark.parametrize("workspace_bytes", [3 * VOCAB * 2, None])
+def test_small_token_weights_survive_float16(scale, with_grad_scale, workspace_bytes):
+    """A mean over a million tokens: weights of 1e-6, whose product with a probability is 0 in float16."""
+    hidden, weight = head(torch.float16)
+    bias = torch.linspace(-1, 1, VOCAB).half().requires_grad_()
+    token_weights = torch.linspace(0.5, 1.5, ROWS) * 1e-6
+    exact = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight, bias)]
+    logits = exact[0] @ exact[1].t() + exact[2]
+    losses = distill_loss(gather_log_probs(logits, teacher_scores().indices), teacher_scores())
+    wanted = torch.autograd.grad((losses * token_weights).sum() * scale, exact)
+    weight.main_grad = torch.full(weight.shape, 0.5 * wanted[1].abs().max())
+    before = weight.main_grad.clone()
+    options = {"grad_scale": torch.tensor(scale)} if with_grad_scale else {}
+    options |= {"token_weights": token_weights, "bias": bias, "workspace_bytes": workspace_bytes}
+    loss = linear_distill_loss(hidden, weight, teacher_scores(), **options).loss
+    largest = wanted[1].abs().max()
+    if with_grad_scale:
+        assert (weight.main_grad - before).abs().max() > 0.5 * largest, "main_grad is filled in the forward"
+    (loss * scale).backward()
+    assert (weight.main_grad - before - wanted[1]).abs().max() < 2e-3 * largest
+    if scale > 1:  # the others are float16, whose own range is what a loss scale is for
+        for gradient, expected in ((hidden.grad, wanted[0]), (bias.grad, wanted[2])):
+            assert (gradient - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
 def test_main_grad_is_left_alone_without_grad():
     hidden, weight = with_main_grad()
     for _, function in functions():

@@ -193,9 +193,16 @@ class HeadGradients(_Gradients):
     """Over all chunks, the weight's accumulated wide."""
 
     def __init__(
-        self, head: Head, num_rows: int, needs: tuple[bool, bool, bool], weight_into: Tensor | None = None
+        self,
+        head: Head,
+        num_rows: int,
+        needs: tuple[bool, bool, bool],
+        weight_into: Tensor | None = None,
+        magnitude: Tensor | None = None,
     ) -> None:
+        """magnitude: [] or None, what the gradients of the logits are still to be multiplied by, in the wide dtype."""
         super().__init__(head, num_rows, needs, weight_into, wide_dtype(head.weight.dtype))
+        self._magnitude = magnitude
         self._weight_is_set = self.is_added  # otherwise the first chunk writes what later ones add to
 
     def add(self, rows: slice, grad_logits: Tensor, hidden: Tensor) -> None:
@@ -203,13 +210,30 @@ class HeadGradients(_Gradients):
         if self.hidden is not None:
             multiply_wide(grad_logits, self.head.weight, self.hidden[rows], accumulate=False)
         if self.weight is not None:
-            multiply_transposed_wide(grad_logits, hidden, self.weight, accumulate=self._weight_is_set)
+            if self.is_added and self._magnitude is not None:
+                self._add_scaled(grad_logits, hidden)
+            else:
+                multiply_transposed_wide(grad_logits, hidden, self.weight, accumulate=self._weight_is_set)
             self._weight_is_set = True
         if self.bias is not None:
             self.bias += torch.sum(grad_logits, 0, dtype=self.bias.dtype)
 
+    def _add_scaled(self, grad_logits: Tensor, hidden: Tensor) -> None:
+        """Into main_grad, which others' gradients are in: a block of products at a time can still be scaled."""
+        step = max(64, _BLOCK_ELEMENTS.get(hidden.device.type, 1 << 24) // max(hidden.size(1), 1))
+        for start in range(0, self.weight.size(0), step):
+            block = self.weight[start : start + step]
+            product = torch.empty_like(block)
+            multiply_transposed_wide(grad_logits[:, start : start + step], hidden, product, accumulate=False)
+            block.addcmul_(product, self._magnitude)
+
     def finish(self) -> HeadGradients:
         """After the last chunk; without any, the weight's gradient is zero."""
+        if self._magnitude is not None:
+            own = (self.hidden, None if self.is_added else self.weight, self.bias)
+            for gradient in own:
+                if gradient is not None:
+                    gradient.mul_(self._magnitude)
         if self.weight is not None and not self._weight_is_set:
             self.weight.zero_()
         return self

@@ -35,6 +35,19 @@ def _spread(compact: Tensor, loss_rows: Tensor, num_rows: int) -> Tensor:
     return compact.new_zeros((num_rows, compact.size(1))).index_copy_(0, loss_rows, compact)
 
 
+def within_range(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(weights / 2^n, 2^n) of order 1 for float16, else (weights, None).
+
+    A mean over a million tokens has weights of 1e-6. Their product with a probability underflows in float16 logits'
+    gradients, and a loss scale comes too late in the backward, or is no larger. A power of two rounds nothing.
+    """
+    if dtype != torch.float16:
+        return weights, None
+    largest = weights.abs().amax() if weights.numel() else weights.new_ones(())
+    magnitude = torch.where(largest > 0, torch.exp2(torch.log2(largest).floor()), 1.0)
+    return weights / magnitude, magnitude
+
+
 def is_recomputing() -> bool:
     """Whether this forward runs inside a backward, as activation checkpointing recomputes it."""
     return torch._C._current_graph_task_id() != -1

@@ -41,6 +41,7 @@ from opd_engine.functional.linear_gradients import (
     deliver_weight_gradient,
     is_recomputing,
     weight_accumulator,
+    within_range,
 )
 from opd_engine.functional.linear_scores import unpack_gather
 from opd_engine.functional.losses import Divergence, distill_loss
@@ -310,19 +311,6 @@ def _bucket_losses(
     return losses.detach(), upstream
 
 
-def _within_range(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(weights / 2^n, 2^n) of order 1 for float16, else (weights, None).
-
-    A mean over a million tokens has weights of 1e-6. Their product with a probability underflows in float16 logits'
-    gradients, and a loss scale, which comes in the backward, would be too late. A power of two rounds nothing.
-    """
-    if dtype != torch.float16:
-        return weights, None
-    largest = weights.abs().amax() if weights.numel() else weights.new_ones(())
-    magnitude = torch.where(largest > 0, torch.exp2(torch.log2(largest).floor()), 1.0)
-    return weights / magnitude, magnitude
-
-
 @outside_graphs
 def apply_linear_loss(
     job: LinearJob, hidden: Tensor, weight: Tensor, bias: Tensor | None, grad_scale: Tensor | None
@@ -353,10 +341,14 @@ class _LossAndGradients(torch.autograd.Function):
         ctx.job, ctx.grad_scale, ctx.debug = job, grad_scale, debugging()
         ctx.gradients = None
         if has_grad and any(needs):
-            into, (scaled, ctx.magnitude) = None, _within_range(weights, hidden.dtype)
+            into, final = None, weights
             if grad_scale is not None:
-                into, scaled = weight_accumulator(job.rows.head.weight), weights * grad_scale.to(weights.dtype)
-            ctx.gradients = HeadGradients(Head(weight, bias, job.rows.head.softcap), job.chosen.count, needs, into)
+                into, final = weight_accumulator(job.rows.head.weight), weights * grad_scale.to(weights.dtype)
+            scaled, ctx.magnitude = within_range(final, hidden.dtype)
+            # With grad_scale nothing is scaled later: the magnitude is put back here.
+            now = None if grad_scale is None else ctx.magnitude
+            head = Head(weight, bias, job.rows.head.softcap)
+            ctx.gradients = HeadGradients(head, job.chosen.count, needs, into, now)
             losses = job.solve(hidden, ctx.gradients.head, scaled, ctx.gradients)
             ctx.save_for_backward(hidden, weight, bias)
         else:
@@ -386,7 +378,7 @@ class _LossAndGradients(torch.autograd.Function):
             hidden, saved_weight, saved_bias = ctx.saved_tensors
             head = Head(saved_weight, saved_bias, rows.head.softcap)
             gradients = HeadGradients(head, job.chosen.count, ctx.needs_input_grad[:3], None)
-            job.solve(hidden, head, _within_range(job.chosen.weights, hidden.dtype)[0], gradients)
+            job.solve(hidden, head, within_range(job.chosen.weights, hidden.dtype)[0], gradients)
         if grad_scale is None:
             scale = upstream if ctx.magnitude is None else upstream * ctx.magnitude
             for grad in (gradients.hidden, gradients.weight, gradients.bias):

@@ -204,7 +204,7 @@ def test_gradcheck(divergence):
     scores = oracles.gather_scores(eighths(3, 17, seed=4, spread=2.0), ids, None, 15)
     teacher = TokenScores(indices=ids, log_probs=scores.log_probs, tail_log_prob=scores.tail_log_prob)
     rest = {"divergence": divergence, "logit_softcap": 3.0, "temperature": 0.7, "workspace_bytes": 4 * 17 * 8}
-    rest |= {"token_weights": torch.tensor([1.0, 0.5, -2.0]), "shard": VocabShard(0, 17, 15)}
+    rest |= {"token_weights": torch.tensor([1.0, 0.5, 2.0]), "shard": VocabShard(0, 17, 15)}
 
     def bucket(hidden, weight, bias):
         return opd_engine.linear_distill_loss(hidden, weight, teacher, bias=bias, **rest).loss
