@@ -207,6 +207,6 @@ def test_wrong_members_are_named():
     with pytest.raises(ValueError, match=r"scores\[0\]: a teacher must not require grad"):
         mix_teachers([gather_log_probs(student, indices)], [1])
     other = gather_log_probs(teachers[1], indices.flip(1))
-    mix_teachers([scores[0], other], [1, 1])  # not looked at outside debug
-    with opd_engine.debug(), pytest.raises(ValueError, match=r"scores\[1\]: its indices differ"):
-        mix_teachers([scores[0], other], [1, 1])
+    for debug in (False, True):
+        with opd_engine.debug(debug), pytest.raises(ValueError, match=r"scores\[1\]: wanted the ids of scores\[0\]"):
+            mix_teachers([scores[0], other], [1, 1])

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from opd_engine.functional.arguments import reads_values
 from opd_engine.functional.token_scores import TokenScores
 from opd_engine.ops.debug import debug_enabled
 
@@ -38,7 +39,7 @@ def mix_teachers(
         with no bucket where all members have mass, is NaN.
     Raises:
         ValueError: no members, wrong mode, weights of the wrong shape, negative, non-finite or without a positive
-            entry (weights on a device are read only in debug); in debug, members whose indices differ.
+            entry; members whose indices differ (what is on a device is read only in debug).
     Precision: float64 inside, rounded to the members' widest dtype.
     Grad: none; members that require grad are refused.
     """
@@ -56,8 +57,13 @@ def mix_teachers(
             )
         if member.log_probs.requires_grad or member.tail_log_prob.requires_grad:
             raise ValueError(f"scores[{position}]: a teacher must not require grad; detach it")
-        if debug_enabled() and not torch.equal(member.indices, first.indices):
-            raise ValueError(f"scores[{position}]: its indices differ from scores[0]'s; members score the same ids")
+        if member.indices is not first.indices and reads_values(first.indices):
+            differs = (member.indices != first.indices).flatten()
+            if bool(differs.any()):
+                row = int(differs.nonzero()[0]) // first.k
+                raise ValueError(
+                    f"scores[{position}]: wanted the ids of scores[0] in the same order, got others in row {row}"
+                )
     with torch.no_grad():
         log_weights = _log_weights(weights, len(members), first.tail_log_prob)
         dtype = torch.float64 if any(m.log_probs.dtype == torch.float64 for m in members) else torch.float32
