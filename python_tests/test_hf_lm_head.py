@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -11,10 +12,12 @@ from transformers import (
     GraniteForCausalLM,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from opd_engine.distillation.rollout import pack_rollouts
 from opd_engine.integrations.hf import HFBackend, ProjectingHFBackend, make_backend
 from opd_engine.integrations.hf.lm_head import AfterHead, find_after_head
+from opd_engine.parallel.tensors import whole_tensor
 from opd_engine.parallel.vocab import VocabShard
 from ranks import run_ranks
 from tiny_models import wide_qwen3
@@ -35,6 +38,7 @@ FAMILIES = {
     "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"final_logit_softcapping": 30.0}, AfterHead(softcap=30.0)),
     "gemma2 low": (Gemma2Config, Gemma2ForCausalLM, {"final_logit_softcapping": 2.0}, AfterHead(softcap=2.0)),
     "granite": (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 1.2}, AfterHead(divisor=1.2)),
+    "granite near 1": (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 1.01}, AfterHead(divisor=1.01)),
     "granite 8": (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 8.0}, AfterHead(divisor=8.0)),
     "cohere": (CohereConfig, CohereForCausalLM, {"logit_scale": 0.8}, AfterHead(factor=0.8)),
 }
@@ -70,16 +74,30 @@ def test_what_a_family_does_after_its_head_is_computed(family, dtype):
     assert float((backend.logits(batch()).double() - theirs).abs().max()) <= limit
     # Control: without it the logits are others, by far.
     plain = torch.nn.functional.linear(backend.hidden(batch()), model.get_output_embeddings().weight).double()
-    assert float((plain - theirs).abs().max()) > limit or family == "gemma2"
+    assert float((plain - theirs).abs().max()) > limit or family in ("gemma2", "granite near 1")
 
 
-class Unknown(Gemma2ForCausalLM):
-    """Does after its head what no configuration speaks of."""
+class Unknown(GraniteForCausalLM):
+    """Does after its head, or before it, what no configuration speaks of."""
 
-    def forward(self, *arguments, **options):
-        output = super().forward(*arguments, **options)
-        output.logits = output.logits * 1.01
-        return output
+    after, before = staticmethod(lambda logits: logits), staticmethod(lambda hidden: hidden)
+
+    def forward(self, input_ids, **options):
+        hidden = self.before(self.model(input_ids=input_ids, **options).last_hidden_state)
+        return CausalLMOutputWithPast(logits=self.after(self.lm_head(hidden)))
+
+
+def capped(values, cap):
+    return torch.tanh(values / cap) * cap
+
+
+UNKNOWN = {
+    "a scale of the logits": {"after": lambda logits: logits * 1.004},
+    "a cap of large logits": {"after": lambda logits: capped(logits, 2000.0)},
+    "one id that is never written": {"after": lambda logits: logits.index_fill(-1, torch.tensor([3]), -1e4)},
+    "a scale of the hidden states": {"before": lambda hidden: hidden * 1.004},
+    "a cap of large hidden states": {"before": lambda hidden: hidden.clamp(-50.0, 50.0)},
+}
 
 
 class Adapter(torch.nn.Linear):
@@ -129,13 +147,67 @@ def test_a_head_that_is_more_than_a_product_keeps_the_models_own_forward(change)
         make_backend(model, shard=VocabShard(0, 32, 32))
 
 
-def test_a_post_processing_that_no_configuration_names_keeps_the_models_own_forward():
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("what", [None, *UNKNOWN])
+def test_what_no_configuration_names_keeps_the_models_own_forward(what, dtype):
     torch.manual_seed(0)
-    model = Unknown(Gemma2Config(**SHAPE)).eval()
-    assert find_after_head(model) is None and type(make_backend(model)) is HFBackend
+    model = Unknown(GraniteConfig(**SHAPE)).to(dtype).eval()
+    for name, function in UNKNOWN.get(what, {}).items():
+        setattr(model, name, function)
+    assert find_after_head(model) == (AfterHead() if what is None else None)
+    assert (type(make_backend(model)) is HFBackend) == (what is not None)
+    if what is not None:
+        with pytest.raises(ValueError, match="module: the head of Unknown cannot stand apart, since it changes"):
+            ProjectingHFBackend(model)
 
 
-@pytest.mark.parametrize("change", [adapted, hooked, replaced])
+def compiled(model):
+    model.model.compile(backend="eager")
+    return model
+
+
+def pruned(model):
+    torch.nn.utils.prune.random_unstructured(model.lm_head, "weight", 0.5)
+    return model
+
+
+class Passing(torch.nn.Module):
+    """A wrapper that gives out what it does not have of its own, as FSDP and torch.compile do."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+    def forward(self, *arguments, **options):
+        output = self.module(*arguments, **options)
+        output.logits = output.logits * 2
+        return output
+
+
+def body_wrapped(model):
+    model.model = Passing(model.model)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrap", [compiled, pruned, Passing, body_wrapped, torch.compile])
+def test_a_wrapped_model_is_asked_as_a_whole(wrap):
+    model = wrap(untied())
+    backend = make_backend(model)
+    assert type(backend) is HFBackend
+    if wrap is Passing:
+        assert float((backend.logits(batch()).double() - own_logits(model)).abs().max()) < 1e-4
+    with pytest.raises(ValueError, match=r"module: the head of \w+ cannot stand apart, since "):
+        ProjectingHFBackend(model)
+
+
+@pytest.mark.parametrize("change", [adapted, hooked, replaced, compiled, pruned, body_wrapped])
 def test_what_is_done_to_a_model_after_its_backend_was_made_is_seen(change):
     model = untied()
     backend = make_backend(model)
@@ -187,11 +259,9 @@ def test_a_soft_capped_head_can_be_sharded():
         assert len(errors) > 5 and max(errors.values()) < 1e-12, errors
 
 
-def two_steps_under_ddp() -> list[float]:
-    """The weights' sum after each of two steps of a model inside DistributedDataParallel."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    wrapped = DistributedDataParallel(wide_qwen3())
+def two_steps(wrap) -> list[float]:
+    """The whole weights' sum after each of two steps of a wrapped model, on each rank's own columns."""
+    wrapped = wrap(wide_qwen3())
     backend, sums = make_backend(wrapped), []
     assert type(backend) is HFBackend and backend.vocab_size == 32
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
@@ -199,11 +269,27 @@ def two_steps_under_ddp() -> list[float]:
         optimizer.zero_grad()
         backend.logits(batch())[:, torch.distributed.get_rank()].sum().backward()
         optimizer.step()
-        sums.append(sum(float(parameter.detach().double().sum()) for parameter in wrapped.parameters()))
+        sums.append(sum(float(whole_tensor(p.detach()).double().sum()) for p in wrapped.parameters()))
     return sums
 
 
+def two_steps_when_wrapped() -> dict[str, list[float]]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+
+    def sharded(model):
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    return {"ddp": two_steps(DistributedDataParallel), "fsdp": two_steps(sharded)}
+
+
 @pytest.mark.ranks
-def test_a_model_inside_ddp_takes_more_than_one_step():
-    first, second = run_ranks(__file__, "two_steps_under_ddp", 2)
-    assert first == second and first[0] != first[1]
+def test_a_model_inside_ddp_or_sharded_by_fsdp_takes_more_than_one_step():
+    first, second = run_ranks(__file__, "two_steps_when_wrapped", 2)
+    assert first == second and first["ddp"][0] != first["ddp"][1]
+    assert first["fsdp"] == pytest.approx(first["ddp"], rel=1e-5)

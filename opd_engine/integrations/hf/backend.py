@@ -15,7 +15,7 @@ from torch import Tensor
 from opd_engine.distillation.rollout import RolloutBatch
 from opd_engine.integrations.hf.decoding import counts_from_zero
 from opd_engine.integrations.hf.lm_head import AfterHead, find_after_head, reason_to_keep_whole
-from opd_engine.integrations.hf.models import max_positions, token_to_id
+from opd_engine.integrations.hf.models import language_model, max_positions, token_to_id
 from opd_engine.parallel.collectives import copy_to_group
 from opd_engine.parallel.linear import vocab_parallel_lm_head
 from opd_engine.parallel.vocab import VocabShard
@@ -41,13 +41,6 @@ def pad_packed(batch: RolloutBatch, device: torch.device | str) -> tuple[Tensor,
     attention_mask[rows] = 1
     shape = (batch.num_seqs, longest)
     return input_ids.view(shape).to(device), attention_mask.view(shape).to(device), rows.to(device)
-
-
-def language_model(module: torch.nn.Module) -> torch.nn.Module:
-    """The model inside DistributedDataParallel and the like; one that is not wrapped is itself."""
-    while not hasattr(module, "config") and isinstance(getattr(module, "module", None), torch.nn.Module):
-        module = module.module
-    return module
 
 
 class HFBackend:
@@ -104,7 +97,7 @@ class ProjectingHFBackend(HFBackend):
     """A causal LM whose logits are its LM head applied to its last hidden states, so that the head can be sharded.
 
     shard: this rank's columns, or None for all of them. Every rank holds the whole weights and sees the same batches.
-    after: what the model does to its head's output; `make_backend` finds it
+    after: what the model does to its head's output, where find_after_head has found it already
 
     Every use looks whether the head still stands apart: an adapter or a wrapper that came later is refused by name.
     """
@@ -118,7 +111,9 @@ class ProjectingHFBackend(HFBackend):
         after: AfterHead | None = None,
     ) -> None:
         super().__init__(module, tokenizer)
-        self.shard, self.after = shard, AfterHead() if after is None else after
+        if after is None and (after := find_after_head(module)) is None:
+            raise ValueError(f"module: the head of {type(module).__name__} cannot stand apart, since {_reason(module)}")
+        self.shard, self.after = shard, after
         if shard is not None and shard.vocab_size != self.vocab_size:
             raise ValueError(f"shard: wanted vocab_size {self.vocab_size}, the model's, got {shard.vocab_size}")
 
@@ -171,12 +166,15 @@ def make_backend(
     if after is not None:
         return ProjectingHFBackend(module, tokenizer, shard=shard, after=after)
     if shard is not None:
-        reason = reason_to_keep_whole(module) or "it changes its logits after the LM head in a way that is not known"
         raise ValueError(
-            f"shard: the head of {type(module).__name__} cannot be split over ranks here, since {reason}; wanted "
-            "run.tp = 1 for this model"
+            f"shard: the head of {type(module).__name__} cannot be split over ranks here, since {_reason(module)}; "
+            "wanted run.tp = 1 for this model"
         )
     return HFBackend(module, tokenizer)
+
+
+def _reason(module: torch.nn.Module) -> str:
+    return reason_to_keep_whole(module) or "it changes its logits after the LM head in a way that is not known"
 
 
 def even_shard(vocab_size: int, tp_group, tp_size: int, tp_rank: int) -> VocabShard | None:

@@ -137,8 +137,28 @@ def token_to_id(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return dict(tokenizer.get_vocab())
 
 
+def language_model(module: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DistributedDataParallel and the like; one that is not wrapped is itself."""
+    while not hasattr(module, "config") and isinstance(getattr(module, "module", None), torch.nn.Module):
+        module = module.module
+    return module
+
+
+def vocabulary_rows(module: PreTrainedModel) -> int:
+    """Rows of the table that the model looks its input's ids up in.
+
+    Raises: ValueError for a model that reads anything else than one sequence of ids.
+    """
+    words = module.get_input_embeddings()
+    if not isinstance(getattr(words, "weight", None), torch.Tensor):
+        raise ValueError(
+            f"rollouts: {type(module).__name__} reads {type(words).__name__}, wanted one table of the ids it reads"
+        )
+    return words.weight.shape[0]
+
+
 def max_positions(module: PreTrainedModel) -> int | None:
-    """The longest sequence the model has learned positions for: rows of a table; None where positions are computed.
+    """The longest sequence the model has positions for: rows of a table; None where positions are computed as needed.
 
     A rotary model can be given more than its max_position_embeddings, and computes what it computes.
     """
@@ -147,9 +167,18 @@ def max_positions(module: PreTrainedModel) -> int | None:
     if limit is None:
         return None
     words = module.get_input_embeddings()
-    # Some tables begin with two rows that no position uses.
-    tables = (m for m in module.modules() if isinstance(m, torch.nn.Embedding) and m is not words)
-    return limit if any(table.num_embeddings in (limit, limit + 2) for table in tables) else None
+    longest = []
+    for table in module.modules():
+        if isinstance(table, torch.nn.Embedding) and table is not words:
+            # Some tables begin with two rows that no position uses, some families after their padding's row.
+            first = 0 if table.padding_idx is None else table.padding_idx + 1
+            if table.num_embeddings in (limit, limit + 2):
+                longest.append(min(limit, table.num_embeddings - first))
+    # Sines of every position, made once: a table too. Those of rotations grow, or belong to a module of their own.
+    longest += [limit for table in module.buffers() if table.dim() == 2 and table.shape[0] == limit]
+    if getattr(getattr(config, "attn_config", None), "alibi", False):  # MPT's slopes are made for so many
+        longest.append(limit)
+    return min(longest, default=None)
 
 
 def end_token_ids(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
