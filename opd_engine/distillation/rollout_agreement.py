@@ -37,7 +37,7 @@ class Agreement:
 
     def check(self, dtype: torch.dtype) -> None:
         """Raises: RolloutMismatchError where the mean is more than rounding in that dtype."""
-        if self.mean > TOLERANCES[dtype]:
+        if not self.mean <= TOLERANCES[dtype]:  # NaN too
             raise RolloutMismatchError(
                 f"rollout_log_probs: wanted the student's own to {TOLERANCES[dtype]:g} nats a token in the mean "
                 f"({str(dtype).removeprefix('torch.')}), got {self.mean:.4g} over {self.rows} tokens, at most "

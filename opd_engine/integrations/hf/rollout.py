@@ -15,7 +15,7 @@ from torch import Tensor
 from opd_engine.distillation.rollout_engine import Completions
 from opd_engine.distillation.sampling import check_sampling, draw, likeliest
 from opd_engine.integrations.hf.decoding import Reader, find_way, groups
-from opd_engine.integrations.hf.models import max_positions
+from opd_engine.integrations.hf.models import language_model, max_positions, vocabulary_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ def _check(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: wanted >= 1, got {max_new_tokens}")
     check_sampling(temperature, top_k, top_p)
-    rows, positions = model.get_input_embeddings().weight.shape[0], max_positions(model)
+    rows, positions = vocabulary_rows(model), max_positions(model)
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts: wanted at least one token each, got an empty prompt at index {index}")
@@ -73,6 +73,7 @@ def generate(
         model that cannot be continued token by token.
     Mutates: nothing; the model's train or eval mode is restored.
     """
+    model = language_model(model)
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     if not prompts:
         return Completions(tokens=[], log_probs=[], finished=[])
