@@ -73,14 +73,14 @@ struct BucketTerm {
   V gradient;  // d value / d log q; infinite where the value is
 };
 
-// mix p + (1 - mix) q: its log minus log p and minus log q.
+// p_weight p + q_weight q: its log minus log p and minus log q. Of one weight, a small other could not be known.
 template <class M>
-OPD_HOST_DEVICE inline void log_mixture(typename M::V r, double mix, typename M::V* minus_log_p,
+OPD_HOST_DEVICE inline void log_mixture(typename M::V r, double p_weight, double q_weight, typename M::V* minus_log_p,
                                         typename M::V* minus_log_q) {
   using V = typename M::V;
   // Relative to the larger side, so that nothing overflows: r = log q - log p.
   const V magnitude = r >= 0.0 ? -r : r;
-  const V near = r >= 0.0 ? V{} + (1.0 - mix) : V{} + mix, far = r >= 0.0 ? V{} + mix : V{} + (1.0 - mix);
+  const V near = r >= 0.0 ? V{} + q_weight : V{} + p_weight, far = r >= 0.0 ? V{} + p_weight : V{} + q_weight;
   const V small = M::exp(magnitude);
   const V shift = far * (expm1_minus_u_series<M>(magnitude) + magnitude);  // far * expm1(magnitude)
   const V argument = is_small<M>(r, 1.0 + shift, near + far * small);
@@ -112,7 +112,7 @@ OPD_HOST_DEVICE inline BucketTerm<typename M::V> bucket_term(const opd::Divergen
   const bool skew_reverse = divergence.kind == Divergence::kSkewReverseKL;
   const double p_weight = skew_reverse ? 1.0 - mix : mix, q_weight = skew_reverse ? mix : 1.0 - mix;
   V minus_log_p, minus_log_q;
-  log_mixture<M>(both_absent_nan, p_weight, &minus_log_p, &minus_log_q);
+  log_mixture<M>(both_absent_nan, p_weight, q_weight, &minus_log_p, &minus_log_q);
   // Where one side is absent the mixture is the other's share of itself.
   const V log_m = log_q >= log_p ? log_q + minus_log_q : log_p + minus_log_p, m = M::exp(log_m);
   // KL(a || m) with log m - log a taken from log_mixture, not from rounded logs.
