@@ -47,6 +47,7 @@ def everything(layout: str) -> dict[str, object]:
         "student_passes": student_passes(job),
         "bf16": in_bf16(job),
         "after the head": refused_after_the_head(job),
+        "in the head": refused_in_the_head(job),
         "dead teacher": refused_dead_teacher(job),
     }
 
@@ -185,6 +186,42 @@ def refused_after_the_head(job: Job) -> dict[str, str]:
     for name, change in AFTER_THE_HEAD.items():
         Capped.change = staticmethod(change)
         found[name] = message(lambda: actor.score_rollouts(job.share(job.samples), job.teachers))
+
+    class Scaled(GPTModel):
+        def _postprocess(self, hidden_states, *args, **kwargs):
+            hidden_states = hidden_states * 1.00001 if self.post_process else hidden_states
+            return super()._postprocess(hidden_states, *args, **kwargs)
+
+    actor.student.module.__class__ = Scaled
+    found["a scale before it"] = message(lambda: actor.score_rollouts(job.share(job.samples), job.teachers))
+    return found
+
+
+def refused_in_the_head(job: Job) -> dict[str, object]:
+    """An output layer that is more than its weight, from the start or from a hook that comes later."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    class Capped(ColumnParallelLinear):
+        def forward(self, *args, **kwargs):
+            logits, bias = super().forward(*args, **kwargs)
+            return 300 * torch.tanh(logits / 300), bias
+
+    batch = job.share(job.samples)
+    actor = job.actor(ROUTED, workspace_bytes=3 * 2 * 64)
+    if job.groups.is_last_stage:
+        actor.walk.head.output_layer.__class__ = Capped
+    found = {"a cap": message(lambda: actor.score_rollouts(batch, job.teachers))}
+    actor = job.actor(ROUTED, workspace_bytes=3 * 2 * 64)
+    actor.student.hidden(batch)
+    if job.groups.is_last_stage:
+        hidden = torch.randn(2, 1, actor.walk.head.weight.shape[1], device=actor.walk.device)
+        rows = torch.arange(2)
+        actor.walk.head.output_layer.sequence_parallel = False
+        kinds = [type(actor.walk.head.rows(hidden, rows)).__name__]
+        actor.walk.head.output_layer.register_forward_hook(lambda layer, inputs, output: (output[0] * 2, output[1]))
+        kinds.append(type(actor.walk.head.rows(hidden, rows)).__name__)
+        found["kinds"] = kinds
+    found["a hook"] = message(lambda: actor.student.hidden(batch))
     return found
 
 
@@ -295,7 +332,7 @@ def in_bf16(job: Job) -> dict[str, object]:
 
     actor, chunked, seen = make(None), make(3 * 2 * 64), []
     if job.groups.is_last_stage:
-        project = actor.walk.head._project
+        project = actor.walk.head.project
 
         actor.student._head_is_checked = True
 
@@ -304,7 +341,7 @@ def in_bf16(job: Job) -> dict[str, object]:
             seen.append((str(logits.dtype), logits.shape[0]))
             return logits
 
-        actor.walk.head._project = noted
+        actor.walk.head.project = noted
     reference = dense.Reference(
         job.shape, weights, job.teacher_shape, job.teacher_weights, job.samples, loss
     ).gradients()

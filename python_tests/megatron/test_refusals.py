@@ -122,6 +122,16 @@ def test_a_dead_teacher_is_named_on_every_rank(ranks):
 
 def test_what_comes_after_the_head_is_refused_however_little_it_changes_these_logits(ranks):
     for rank in ranks:
-        assert len(rank["after the head"]) == 3
+        assert len(rank["after the head"]) == 4
         for name, text in rank["after the head"].items():
-            assert "Capped's logits are not its output_layer of its last hidden states" in text, name
+            kind = "Scaled" if name == "a scale before it" else "Capped"
+            assert f"{kind}'s logits are not its output_layer of its last hidden states" in text, name
+
+
+def test_an_output_layer_that_is_more_than_its_weight_is_never_taken_for_it(ranks):
+    """From the start it is refused on every rank; a hook that comes later keeps its logits and ends kept states."""
+    for rank in ranks:
+        found = rank["in the head"]
+        assert found["a cap"].startswith("workspace_bytes: the output layer is more than a product with its weight")
+        assert found["a hook"].startswith("hidden: wanted an output layer that is a product with its weight")
+        assert found.get("kinds", ["HiddenRows", "LogitRows"]) == ["HiddenRows", "LogitRows"]

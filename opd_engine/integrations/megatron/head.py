@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from opd_engine.distillation.head import HiddenRows, LogitRows
 from opd_engine.functional.linear_scores import linear_gather_log_probs
@@ -143,9 +144,10 @@ class OutputHead:
     def rows(self, hidden: Tensor, rows: Tensor) -> LogitRows | HiddenRows:
         """The wanted rows, ready to be scored; otherwise as `chosen`."""
         chosen = self.chosen(hidden, rows)
-        if self.workspace_bytes is not None:
+        # What came to the layer after it was looked at, an adapter's hook say, keeps its logits whole.
+        if self.workspace_bytes is not None and not self.has_more_than_its_weight:
             return HiddenRows(chosen, self.weight, self.bias, self.shard, self.workspace_bytes)
-        return LogitRows(self._project(chosen), self.shard)
+        return LogitRows(self.project(chosen), self.shard)
 
     def chosen(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Hidden states of the wanted rows: [n, hidden_size], whole on every tensor-parallel rank.
@@ -165,17 +167,26 @@ class OutputHead:
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Logits [n, vocab_shard_size] of the wanted rows, by the layer itself; otherwise as `chosen`."""
-        return self._project(self.chosen(hidden, rows))
+        return self.project(self.chosen(hidden, rows))
 
-    def products(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """The same by the layer's weight and bias alone: all that a loss without logits knows of it."""
-        return torch.nn.functional.linear(self.chosen(hidden, rows), self.weight, self.bias)
+    def products(self, chosen: Tensor) -> Tensor:
+        """Logits of chosen rows by the layer's weight and bias alone: all that a loss without logits knows of it."""
+        return torch.nn.functional.linear(chosen, self.weight, self.bias)
+
+    @property
+    def has_more_than_its_weight(self) -> bool:
+        """Whether the layer does what its weight and bias do not show: hooks, parametrizations, another forward."""
+        layer = self.output_layer
+        hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+        replaced = "forward" in layer.__dict__ or getattr(layer, "_compiled_call_impl", None) is not None
+        return replaced or any(hooks) or parametrize.is_parametrized(layer)
 
     @property
     def _splits_sequence(self) -> bool:
         return bool(getattr(self.output_layer, "sequence_parallel", False))
 
-    def _project(self, chosen: Tensor) -> Tensor:
+    def project(self, chosen: Tensor) -> Tensor:
+        """Logits of chosen rows [n, vocab_shard_size], by the layer itself."""
         with _whole_input(self.output_layer, self._splits_sequence):
             logits, _ = self.output_layer(chosen.unsqueeze(1), weight=self._tied_weight(), runtime_gather_output=False)
         return logits.squeeze(1)

@@ -159,7 +159,8 @@ class MegatronScorer:
         scoring context takes the weights away again.
 
         Raises: ValueError for a model whose output layer is more than a product with its weight.
-        Communicates: the forward's own, and an all-gather of the hidden states over the context-parallel group.
+        Communicates: the forward's own, a number over the pipeline's group, and an all-gather of the hidden states over
+            the context-parallel group.
         """
         groups = self.groups
 
@@ -169,12 +170,18 @@ class MegatronScorer:
             return own.to("cpu")
 
         with self._scoring_pass():
-            if not self.walk.head_is_product:
+            if not self.walk.head_is_product or self._head_has_changed():
                 raise ValueError("hidden: wanted an output layer that is a product with its weight (and bias)")
             parts = self.walk.forward(self.walk.micro_inputs(batch), on_last_stage)
             if self.holds_scores:
                 self._head_of_hidden = self._kept_head()
         return torch.cat(parts) if parts else torch.empty(int(batch.loss_mask.sum()), 0)
+
+    def _head_has_changed(self) -> bool:
+        """Whether the output layer got more than its weight since it was looked at; the same on every stage."""
+        head, groups = self.walk.head, self.groups
+        more = torch.tensor(head is not None and head.has_more_than_its_weight, device=self.walk.device).int()
+        return bool(broadcast_(more, groups.pp if groups.pp_size > 1 else None, source=groups.pp_size - 1))
 
     def _kept_head(self) -> KeptHead:
         head, copied = self.walk.head, self._scoring is not contextlib.nullcontext
