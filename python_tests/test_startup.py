@@ -82,7 +82,7 @@ def test_the_package_itself_imports_everything_at_once():
 def test_a_missing_package_is_found_first_and_named_with_its_extra(missing, arguments, said, capsys, monkeypatch):
     installed = packages.is_installed
     monkeypatch.setattr(packages, "is_installed", lambda name: name != missing and installed(name))
-    monkeypatch.setattr("opd_engine.train.loop.run", lambda config: pytest.fail("it began"))
+    monkeypatch.setattr("opd_engine.train.loop.join_world", lambda *args, **options: pytest.fail("it began"))
     assert main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0]

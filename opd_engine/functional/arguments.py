@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from opd_engine.ops import DIVERGENCES, TAIL_MODES, debug_enabled
 from opd_engine.parallel.tensors import refuse_distributed
@@ -43,8 +44,13 @@ def debugging() -> bool:
 
 
 def reads_values(tensor: Tensor) -> bool:
-    """Whether values may be looked at: on a CPU, where it costs no synchronisation, or under debug."""
-    return debugging() or (tensor.device.type == "cpu" and not torch.compiler.is_compiling())
+    """Whether values may be looked at: on a CPU, where it costs no synchronisation, or under debug.
+
+    Never while a graph is traced, nor in a tensor that has none (torch's FakeTensor, by which memory is counted).
+    """
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return False
+    return tensor.device.type == "cpu" or debugging()
 
 
 def check_logits(logits: Tensor, name: str) -> None:

@@ -229,7 +229,7 @@ def check_loss_rows(
             f"{loss_rows.dtype} {list(loss_rows.shape)}" if isinstance(loss_rows, Tensor) else type(loss_rows).__name__
         )
         raise ValueError(f"loss_rows: wanted int64 row numbers [n] or None, got {got}")
-    if loss_rows.device.type == "cpu" or debugging():
+    if reads_values(loss_rows):
         outside = (loss_rows < 0) | (loss_rows >= rows.num_rows)
         if bool(outside.any()):
             raise ValueError(f"loss_rows: wanted rows in [0, T = {rows.num_rows}), got {int(loss_rows[outside][0])}")

@@ -237,13 +237,13 @@ class TrainConfig:
         check_example(self.data.task, self)
         if self.run.resume and self.run.overwrite:
             raise ConfigError("run.overwrite: wanted without run.resume: one continues a run, the other discards it")
-        self._require_packages()
         opd_engine._load()
         from opd_engine.train.backends import backend, check_capabilities
 
         check_capabilities(self, backend(self.run.backend).CAPABILITIES)
 
-    def _require_packages(self) -> None:
+    def require_packages(self) -> None:
+        """Refuses to begin without the optional packages that these settings need. Raises: MissingPackageError."""
         require("train", EXTRAS["train"], "opd-engine train")
         if self.run.backend == "megatron":
             require("megatron", EXTRAS["megatron"], 'run.backend = "megatron"')

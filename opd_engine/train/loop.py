@@ -53,6 +53,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     config.validate()
+    config.require_packages()
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     chosen, device = backend(config.run.backend), config.run.device.split(":")[0]
