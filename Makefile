@@ -28,10 +28,10 @@ run: build ## Do the main job: distil two small teachers into a student on polic
 	$(py) -m opd_engine train examples/arithmetic.toml
 
 test: build lint ## Lint, floors, unit tests, gloo ranks, a reduced main job, the README's example
-	$(py) -m pytest python_tests --ignore python_tests/integration --ignore python_tests/megatron -n 2 --dist loadfile --durations 15 $(PYTEST_ARGS)
+	$(py) -m pytest python_tests --ignore python_tests/integration --ignore python_tests/megatron_actor -n 2 --dist loadfile --durations 15 $(PYTEST_ARGS)
 
 test-integrations: build .venv/.installed-integrations ## Foreign frameworks and the longer examples
-	$(py) -m pytest python_tests/integration python_tests/megatron --durations 15 $(PYTEST_ARGS)
+	$(py) -m pytest python_tests/integration python_tests/megatron_actor --durations 15 $(PYTEST_ARGS)
 
 build: .venv/.installed-dev ## Build or refresh opd_engine/_C in place; .venv imports opd_engine from here
 	@$(py) setup.py --quiet build_ext --inplace

@@ -1,21 +1,20 @@
 """The truth tests of values and gradients, run on the GPU. Suites are processes side by side: most of their time is the
 oracle's, on the CPU."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).resolve().parents[1]
+from ranks import TESTS, python_environment
+
 SUITES = {
     "scores": ["truth/test_scores.py", "-k", "not gradcheck and not float64"],
     "tails": ["truth/test_tail.py", "-k", "not float64"],
     "conventions": ["truth/test_conventions.py", "-k", "not threads and not (inplace and misaligned)"],
     "divergences": ["truth/test_divergences.py", "-k", "not float64"],
     "full": ["truth/test_full.py", "-k", "not float64 and not gradcheck"],
-    "ops": ["truth/test_ops.py", "test_ops_kernels.py", "-k", "not float64 and not dtype0"],
+    "ops": ["truth/test_ops.py", "ops/test_kernels.py", "-k", "not float64 and not dtype0"],
     "linear": [
         *("truth/test_linear_losses.py", "truth/test_linear_scores.py"),
         "-k",
@@ -28,7 +27,7 @@ pytestmark = pytest.mark.cuda
 @pytest.fixture(scope="module")
 def running():
     """Every suite, started at once."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = python_environment()
     processes = {}
     for suite, arguments in SUITES.items():
         command = [sys.executable, "-m", "pytest", "-q", "-p", "on_cuda", "-p", "no:cacheprovider", *arguments]

@@ -1,18 +1,12 @@
 """Through Megatron's ColumnParallelLinear with a tied head, TP 2, sequence parallel on and off, to the embedding."""
 
-import importlib.util
-
 import pytest
 
 import tolerances
+from foreign import needs_megatron
 from ranks import run_ranks
 
-missing = importlib.util.find_spec("megatron.core") is None
-pytestmark = [
-    pytest.mark.ranks,
-    pytest.mark.slow,
-    pytest.mark.skipif(missing, reason="megatron-core is not installed (the [megatron] extra)"),
-]
+pytestmark = [pytest.mark.ranks, pytest.mark.slow, needs_megatron]
 
 
 @pytest.fixture(scope="module")

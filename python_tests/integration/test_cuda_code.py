@@ -5,11 +5,11 @@ blocks an SM need, 16-byte accesses. `make build` compiles every architecture wi
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from ranks import ROOT
+
 # Kernel -> most registers a thread: 65,536 of an SM over the threads that are to be resident.
 BUDGET = {
     "topk_partials_kernel": 65_536 // (2 * 512),

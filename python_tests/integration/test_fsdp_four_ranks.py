@@ -2,14 +2,14 @@
 
 import pytest
 
-from fsdp_actor.dense import BOUND
+from fsdp.dense import BOUND
 from ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("four"))
-    return run_ranks("fsdp_actor.gradient_ranks", "gradients", 4, timeout=500, folder=folder)
+    return run_ranks("fsdp.gradient_ranks", "gradients", 4, timeout=500, folder=folder)
 
 
 def test_every_way_holds_on_four_ranks(gradients):

@@ -1,19 +1,17 @@
 """One TOML through every actor: the same metrics, the same refusals, and the same first step from the same weights."""
 
 import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from opd_engine.cli import main
 from opd_engine.train.journal import read_metrics
+from ranks import ROOT, free_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.ranks]
 pytest.importorskip("megatron.core", reason="megatron-core is not installed (the [megatron] extra)")
-ROOT = Path(__file__).resolve().parents[2]
 TOML = """
 [run]
 output_dir = "runs/none"
@@ -65,9 +63,7 @@ def command(ranks: int, backend: str, *arguments: str) -> list[str]:
     script = ["examples/megatron/train.py"] if backend == "megatron" else ["-m", "opd_engine", "train"]
     if ranks == 1:
         return [sys.executable, *script, *arguments]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     launcher = ["--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1", "--master-port", port]
     return [sys.executable, "-m", "torch.distributed.run", *launcher, *script, *arguments]
 

@@ -6,7 +6,6 @@ roundings; from there on the rollouts are different ones. Nothing is downloaded.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from opd_engine.train.journal import read_metrics, without_measurements
+from ranks import ROOT, free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, PROMPTS, NEW_TOKENS, K = 40, 32, 24, 32
 REDUCED = {
     "run.dtype": "float64",
@@ -45,9 +44,7 @@ def train(folder: Path, name: str, ranks: int = 1, **changes) -> Path:
     flags = [f"--{key}={value}" for key, value in settings.items()]
     launcher = ["-m"]
     if ranks > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         launcher = [
             *("-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
             *("--master-addr", "127.0.0.1", "--master-port", str(port), "-m"),

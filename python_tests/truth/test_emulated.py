@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,9 @@ import torch
 import emulated
 import opd_engine  # noqa: F401  (registers the ops compared with)
 import oracles
+from ranks import ROOT, TESTS, python_environment
 from truth import shapes
 
-ROOT = Path(__file__).resolve().parents[2]
-TESTS = ROOT / "python_tests"
 # One dtype of each width of a pack; rows cut into pieces, misaligned, masked, padded, tied, empty, k = 1 and k = vocab.
 SUITES = {
     "scores": ["truth/test_scores.py", "-k", "not float64 and not float16 or bfloat16 and not gradcheck"],
@@ -28,8 +26,8 @@ SUITES = {
     "conventions": ["truth/test_conventions.py", "-k", "not threads and not (inplace and misaligned)"],
     "divergences": ["truth/test_divergences.py", "-k", "bfloat16 and (few_finite or padded) and mixed"],
     "full": ["truth/test_full.py", "-k", "not float64 and (masked or peaked or padded or widths or k_1)"],
-    "ops": ["truth/test_ops.py", "test_ops_kernels.py", "-k", "(masked or ragged or gap or shards) and not dtype0"],
-    "edges": ["test_functional_edges.py", "-k", "float32"],
+    "ops": ["truth/test_ops.py", "ops/test_kernels.py", "-k", "(masked or ragged or gap or shards) and not dtype0"],
+    "edges": ["functional/test_edges.py", "-k", "float32"],
     # A chunk's or a tile's logits, as the functions of hidden states and a head hand them over.
     "linear": [
         *("truth/test_linear_losses.py", "truth/test_linear_scores.py"),
@@ -40,8 +38,7 @@ SUITES = {
 
 
 def run(suite, library=emulated.LIBRARY, seed=0):
-    environment = {**os.environ, "OPD_EMULATOR_LIBRARY": str(library), "OPD_EMULATOR_SEED": str(seed)}
-    environment |= {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = python_environment(OPD_EMULATOR_LIBRARY=library, OPD_EMULATOR_SEED=seed)
     arguments = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "emulated", "-p", "no:cacheprovider", *SUITES[suite]]
     return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=400, cwd=TESTS)
 
