@@ -45,7 +45,7 @@ class Completions:
     log_probs: per sequence, log q of each at the sampling temperature over the whole vocabulary (before top_k and
         top_p), float32
     finished: per sequence, whether it stopped by itself rather than at max_new_tokens
-    top_log_probs: per sequence and token the likeliest (log-prob, id), or None where none were asked for
+    top_logprobs: per sequence and token the likeliest (log-prob, id), or None where none were asked for
     response_mask: per sequence and token, False for what a tool wrote; None: the model wrote all of it
     weight_version: per sequence the version that wrote it; None of an engine that was never published to
     """
@@ -53,7 +53,7 @@ class Completions:
     tokens: list[list[int]]
     log_probs: list[list[float]]
     finished: list[bool]
-    top_log_probs: list[list[list[tuple[float, int]]]] | None = None
+    top_logprobs: list[list[list[tuple[float, int]]]] | None = None
     response_mask: list[list[bool]] | None = None
     weight_version: list[int] | None = None
 

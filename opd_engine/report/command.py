@@ -9,7 +9,7 @@ from pathlib import Path
 
 from opd_engine.report.page import render
 from opd_engine.report.runs import read_runs
-from opd_engine.train.checkpoint import write_text
+from opd_engine.whole_files import write_text
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,13 +18,12 @@ from opd_engine.parallel.launch import World
 from opd_engine.train.checkpoint import (
     CheckpointError,
     checkpoint_folder,
-    complete,
-    half_written,
     keep_newest,
     load_state,
     told_as_checkpoint_error,
     write_state,
 )
+from opd_engine.whole_files import complete, half_written
 
 
 class Checkpoints:

@@ -25,9 +25,10 @@ from opd_engine.distillation.step import ScoredRollouts
 from opd_engine.integrations.hf.models import torch_dtype
 from opd_engine.parallel.collectives import all_reduce_max_, barrier
 from opd_engine.parallel.launch import World, join_world
+from opd_engine.report.plots import draw_plots
 from opd_engine.train.assembly import Assembly
 from opd_engine.train.backends import backend, check_capabilities
-from opd_engine.train.checkpoint import load_state, write_text
+from opd_engine.train.checkpoint import load_state
 from opd_engine.train.checkpoints import Checkpoints
 from opd_engine.train.config import TrainConfig
 from opd_engine.train.cursor import PromptCursor
@@ -35,13 +36,13 @@ from opd_engine.train.evaluation import Evaluator
 from opd_engine.train.experiment import Experiment, prepare
 from opd_engine.train.journal import METRICS_FILE, Journal, read_metrics
 from opd_engine.train.learning_rate import learning_rate_factor
-from opd_engine.train.plots import draw_plots
 from opd_engine.train.progress import Progress
 from opd_engine.train.prompts import Prompt
 from opd_engine.train.run_folder import CHECKPOINTS, RunFolder, folder_identity, opened
 from opd_engine.train.samples import append_samples, choose
 from opd_engine.train.settings import ConfigError
 from opd_engine.train.summary import SUMMARY_FILE, make_summary
+from opd_engine.whole_files import write_text
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -218,7 +219,7 @@ class Trainer:
             [prompt.token_ids for prompt in prompts],
             completions.tokens,
             response_log_probs=completions.log_probs,
-            response_top_logprobs=completions.top_log_probs,
+            response_top_logprobs=completions.top_logprobs,
             teacher_names=[prompt.teacher for prompt in prompts],
             teacher_prompts=self._teacher_prompts(prompts),
             task_names=[prompt.task for prompt in prompts],
@@ -319,10 +320,10 @@ class Trainer:
             return {}
         self.journal.sync()
         self.journal.close()
-        draw_plots(self.directory, self.config.opd.divergence, self.teacher_values)
         records = read_metrics(self.directory / METRICS_FILE)
         summary = make_summary(self.config, records, self.teacher_values, self._seconds())
         if memory is not None:
             summary["memory"] = memory
         write_text(self.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        draw_plots(self.directory)
         return summary

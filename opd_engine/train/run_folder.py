@@ -19,7 +19,8 @@ from pathlib import Path
 
 from opd_engine.parallel.collectives import barrier
 from opd_engine.parallel.launch import World
-from opd_engine.train.checkpoint import list_checkpoints, remove_leftovers, write_text
+from opd_engine.report.plots import PLOTS_FOLDER
+from opd_engine.train.checkpoint import list_checkpoints
 from opd_engine.train.config import TrainConfig, config_from_toml, config_to_toml, differences
 from opd_engine.train.examples.workshop import MODELS
 from opd_engine.train.experiment import Experiment
@@ -28,6 +29,7 @@ from opd_engine.train.prompts import Prompt, content_of
 from opd_engine.train.samples import SAMPLES_FILE, forget_after
 from opd_engine.train.settings import ConfigError
 from opd_engine.train.summary import SUMMARY_FILE
+from opd_engine.whole_files import remove_leftovers, write_text
 
 CONFIG_FILE = "config.toml"
 CHECKPOINTS = "checkpoints"
@@ -171,7 +173,7 @@ class RunFolder:
         Mutates: the folder.
         """
         if self.checkpoint is None:
-            for name in (CHECKPOINTS, EVENTS_FOLDER, "plots"):
+            for name in (CHECKPOINTS, EVENTS_FOLDER, PLOTS_FOLDER):
                 shutil.rmtree(self.path / name, ignore_errors=True)
             for name in (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, CONFIG_FILE, DATA_FILE, HELD_OUT_FILE):
                 (self.path / name).unlink(missing_ok=True)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from opd_engine.distillation.rollout import RolloutBatch
-from opd_engine.train.checkpoint import write_text
 from opd_engine.train.prompts import Prompt
+from opd_engine.whole_files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

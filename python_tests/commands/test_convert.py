@@ -81,7 +81,7 @@ def test_a_conversion_that_dies_leaves_the_old_target_and_its_remains_are_cleare
     arguments = [str(tmp_path / "hf"), str(tmp_path / "megatron")]
     assert subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT).returncode == 9
     assert {path.name: path.read_bytes() for path in (tmp_path / "megatron").iterdir()} == before
-    assert [path for path in tmp_path.iterdir() if path.name.startswith(".megatron.writing-")]
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".writing-megatron-")]
     to_megatron(tmp_path / "hf", tmp_path / "megatron", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 

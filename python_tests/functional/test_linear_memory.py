@@ -7,11 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from linear_memory_probe import FEWER_ROWS, HIDDEN, ROWS, VOCAB, K
+from ranks import TESTS
 
 WORKSPACE, LOGITS, ACCUMULATOR = 64 << 20, ROWS * VOCAB * 4, VOCAB * HIDDEN * 4
 ROW_BYTES = ROWS * (HIDDEN * 8 + K * 32)  # hidden gradient and its last rounding; scores, ids, upstream gradients
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK),
 
 
 def peak(function: str) -> int:
-    probe = Path(__file__).with_name("linear_memory_probe.py")
+    probe = TESTS / "support" / "linear_memory_probe.py"
     ran = subprocess.run(
         [sys.executable, str(probe), function],
         capture_output=True,

@@ -116,7 +116,7 @@ def test_rollouts_supports_and_tail_masses_are_logged(run):
 
 
 def test_rollouts_supports_tail_masses_divergence_and_perplexity_are_plotted(run):
-    for name in ("rollouts", "support", "divergence", "perplexity"):
+    for name in ("length", "support-size", "tail", "held-out-divergence", "teachers", "perplexity"):
         picture = (run / "plots" / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) > 10_000, name
     events = b"".join(path.read_bytes() for path in (run / "tensorboard").glob("events.out.tfevents.*"))

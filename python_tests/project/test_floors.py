@@ -18,6 +18,7 @@ FLOORS = {
     "_version": 0,
     "_C": 0,
     "choices": 0,
+    "whole_files": 0,
     "ops": 1,
     "parallel": 2,
     "functional": 3,

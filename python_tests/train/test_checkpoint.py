@@ -22,12 +22,10 @@ from opd_engine.train.checkpoint import (
     checkpoint_folder,
     list_checkpoints,
     load_state,
-    remove_leftovers,
-    whole_or_absent,
-    write_text,
 )
 from opd_engine.train.checkpoints import Checkpoints
 from opd_engine.train.examples.arithmetic import make_tokenizer
+from opd_engine.whole_files import remove_leftovers, whole_or_absent, write_text
 from tiny_models import wide_qwen3
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

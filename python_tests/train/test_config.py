@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 
@@ -17,6 +16,7 @@ from opd_engine.train.config import (
 )
 from opd_engine.train.settings import ConfigError, check_value, look_up, nearest, parse_text
 from opd_engine.train.teacher_settings import TeacherSettings
+from ranks import ROOT
 
 
 def configured(tmp_path, text: str) -> TrainConfig:
@@ -101,7 +101,7 @@ def test_a_project_without_wandb_is_refused_before_anything_begins(capsys, monke
 def test_resume_on_the_command_line_wins_over_overwrite_in_the_file(monkeypatch):
     seen = []
     monkeypatch.setattr("opd_engine.train.loop.run", lambda config: seen.append(config) or {})
-    example = str(Path(__file__).resolve().parent.parent / "examples" / "arithmetic.toml")
+    example = str(ROOT / "examples" / "arithmetic.toml")
     assert main(["train", example]) == main(["train", example, "--resume"]) == 0
     assert [(c.run.resume, c.run.overwrite) for c in seen] == [(False, True), (True, False)]
 

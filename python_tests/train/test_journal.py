@@ -77,7 +77,7 @@ def test_completions_are_drawn_from_the_models_distribution_whatever_else_is_in_
     written = generate(
         scorer, prompts, max_new_tokens=3, end_ids=(5,), temperature=0.7, uniforms=uniforms, top_logprobs=2
     )
-    tokens, tops = written.tokens, written.top_log_probs
+    tokens, tops = written.tokens, written.top_logprobs
     log_q = (scorer.logits.double() / 0.7).log_softmax(1)
     drawn, seen = torch.zeros(6, 6, dtype=torch.float64), []
     for prompt, ids, log_prob, done in zip(prompts, tokens, written.log_probs, written.finished):

@@ -19,6 +19,7 @@ from opd_engine.train.progress import Progress
 from opd_engine.train.prompts import Prompt
 from opd_engine.train.run_folder import opened
 from opd_engine.train.settings import ConfigError
+from ranks import TESTS
 from toy_actor import Table, TableEngine, ToyActor
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -70,7 +71,7 @@ def train(config: TrainConfig, until: int | None = None, first: int = 1) -> tupl
 
 
 def test_an_actor_of_no_framework_learns_and_is_resumed(tmp_path):
-    assert len(Path(__file__).with_name("toy_actor.py").read_text().splitlines()) <= 100
+    assert len((TESTS / "support" / "toy_actor.py").read_text().splitlines()) <= 100
     summary, actor = train(config(tmp_path / "whole"))
     values = summary["forward_kl"]["t"]
     assert values["after"] < 0.5 * values["before"], values

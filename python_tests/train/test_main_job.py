@@ -95,7 +95,7 @@ def test_the_summary_is_what_it_promises_to_be(summary, folder):
 def test_events_plots_metrics_and_checkpoints_are_there(summary, folder):
     run = folder / "real"
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
-    for name in ("accuracy", "divergence", "support", "rollouts"):
+    for name in ("accuracy", "held-out-divergence", "teachers", "tail", "length"):
         assert (run / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     records = read_metrics(run / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 111))

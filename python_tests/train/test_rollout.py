@@ -129,10 +129,10 @@ def test_the_likeliest_ids_come_with_each_token():
     model = wide_qwen3()
     sampling = {"temperature": 0.8, "top_k": 2, "generator": torch.Generator().manual_seed(1)}
     written = generate(model, PROMPTS, top_logprobs=3, **sampling, **SETTINGS)
-    for prompt, completion, tops in zip(PROMPTS, written.tokens, written.top_log_probs, strict=True):
+    for prompt, completion, tops in zip(PROMPTS, written.tokens, written.top_logprobs, strict=True):
         logits = model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0].double() / 0.8
         truth = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1].topk(3)
         assert [[token for _, token in top] for top in tops] == truth.indices.tolist()
         found = torch.tensor([[value for value, _ in top] for top in tops], dtype=torch.float64)
         assert float((found - truth.values).abs().max()) < 1e-4
-    assert generate(model, PROMPTS, **SETTINGS).top_log_probs is None
+    assert generate(model, PROMPTS, **SETTINGS).top_logprobs is None

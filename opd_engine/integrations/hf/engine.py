@@ -87,8 +87,8 @@ class InlineEngine:
             tokens += part.tokens
             log_probs += part.log_probs
             finished += part.finished
-            tops += part.top_log_probs or []
-        return Completions(tokens=tokens, log_probs=log_probs, finished=finished, top_log_probs=tops or None)
+            tops += part.top_logprobs or []
+        return Completions(tokens=tokens, log_probs=log_probs, finished=finished, top_logprobs=tops or None)
 
 
 def _shared(written: Completions | None, count: int, sampling: Sampling, group: ProcessGroup) -> Completions:
@@ -107,7 +107,7 @@ def _shared(written: Completions | None, count: int, sampling: Sampling, group: 
         tokens=[row[:n] for row, n in zip(table[:, :width].tolist(), lengths, strict=True)],
         log_probs=[row[:n] for row, n in zip(values.tolist(), lengths, strict=True)],
         finished=[bool(flag) for flag in table[:, -1].tolist()],
-        top_log_probs=_shared_tops(written, lengths, sampling, group) if sampling.top_logprobs else None,
+        top_logprobs=_shared_tops(written, lengths, sampling, group) if sampling.top_logprobs else None,
     )
 
 
@@ -116,7 +116,7 @@ def _shared_tops(written: Completions | None, lengths: list[int], sampling: Samp
     ids = torch.full((len(lengths), sampling.max_new_tokens, sampling.top_logprobs), -1, dtype=torch.int32)
     bits = torch.zeros_like(ids)
     if written is not None:
-        for row, tops in enumerate(written.top_log_probs):
+        for row, tops in enumerate(written.top_logprobs):
             for place, top in enumerate(tops):
                 ids[row, place, : len(top)] = torch.tensor([token for _, token in top], dtype=torch.int32)
                 bits[row, place, : len(top)] = _bits([value for value, _ in top])

@@ -98,7 +98,7 @@ def generate(
         tokens=list(tokens),
         log_probs=list(log_probs),
         finished=list(finished),
-        top_log_probs=list(tops) if top_logprobs else None,
+        top_logprobs=list(tops) if top_logprobs else None,
     )
 
 

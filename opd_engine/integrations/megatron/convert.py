@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from opd_engine.integrations.megatron.weight_map import (
     taken_apart,
 )
 from opd_engine.parallel.tensor_files import TensorPiece, TensorReader, write_tensors
+from opd_engine.whole_files import remove_leftovers, whole_or_absent
 
 HASHES = "tensor_hashes.json"
 """In a converted checkpoint: {"tensors": {name in the Hugging Face folder: SHA-256 of its bytes}}."""
@@ -309,23 +309,9 @@ def _written_aside(target: Path, size: int, overwrite: bool) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(target.parent).free) < size:
         raise ValueError(f"target: wanted {size:,} bytes free on the disk of {target.parent}, got {free:,}")
-    for stale in target.parent.glob(f".{target.name}.writing-*"):
-        # Left by a conversion that was killed.
-        if not Path(f"/proc/{stale.name.rsplit('-', 1)[1]}").exists():
-            shutil.rmtree(stale, ignore_errors=True)
-    aside = target.parent / f".{target.name}.writing-{os.getpid()}"
-    aside.mkdir()
-    try:
+    remove_leftovers(target.parent, target.name)
+    with whole_or_absent(target, replace=True) as aside:
         yield aside
-        if target.is_dir():
-            old = aside.with_name(aside.name.replace(".writing-", ".replaced-"))
-            target.rename(old)
-            aside.rename(target)
-            shutil.rmtree(old)
-        else:
-            aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _copy_texts(source: Path, target: Path, dtype: torch.dtype | None) -> None:

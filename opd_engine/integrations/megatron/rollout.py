@@ -67,7 +67,7 @@ def generate(
             log_probs[index].append(min(log_prob, 0.0))
             finished[index] = token in end_ids
     return Completions(
-        tokens=tokens, log_probs=log_probs, finished=finished, top_log_probs=tops if top_logprobs else None
+        tokens=tokens, log_probs=log_probs, finished=finished, top_logprobs=tops if top_logprobs else None
     )
 
 

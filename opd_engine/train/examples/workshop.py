@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opd_engine.integrations.hf.models import save_model
-from opd_engine.train.checkpoint import whole_or_absent
 from opd_engine.train.examples.pretrain import make_model, train_on_sequences
 from opd_engine.train.examples.settings import ModelShape, Supervision
 from opd_engine.train.experiment import ShowProgress
+from opd_engine.whole_files import whole_or_absent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
