@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from opd_engine.integrations.megatron.gpt_shape import PUBLISHED, GPTShape
-from opd_engine.integrations.megatron.memory_plan import StagePlan, Work, plan_memory, plan_table
 from opd_engine.parallel.collectives import all_gather_stacked
+from opd_engine.scaling.memory_plan import StagePlan, Work, plan_memory, plan_table
 from opd_engine.train.config import TrainConfig
 from opd_engine.train.settings import ConfigError
 from opd_engine.train.validation import teacher_paths

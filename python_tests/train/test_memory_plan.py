@@ -8,7 +8,7 @@ import time
 import pytest
 
 from opd_engine.integrations.megatron.gpt_shape import PUBLISHED
-from opd_engine.integrations.megatron.memory_plan import PARTS, Work, plan_memory, plan_table, stage_parameters
+from opd_engine.scaling.memory_plan import PARTS, Work, plan_memory, plan_table, stage_parameters
 from opd_engine.train.config import config_from_toml
 from opd_engine.train.memory import shape_of, work_of
 from ranks import ROOT

@@ -6,11 +6,13 @@ Adam of `make_trainable`. The formulas count what autograd keeps of each layer; 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from opd_engine.integrations.megatron.gpt import RECOMPUTE, check_divides
 from opd_engine.integrations.megatron.gpt_shape import GPTShape
+from opd_engine.scaling.model import Layout, held_bytes, parameters
 
 PARTS = ("weights", "gradients", "optimizer", "teachers", "cache", "activations", "workspace")
 """Of a rank's memory, as they are shown. workspace: what the fullest moment takes beside the activations."""
@@ -66,12 +68,10 @@ def stage_parameters(shape: GPTShape, *, tp: int, pp: int, stage: int) -> tuple[
     qkv = (shape.num_heads + 2 * shape.num_query_groups) * d * h // tp
     projections = [qkv, shape.num_heads * d * h // tp, 2 * shape.ffn_hidden_size * h // tp]
     projections.append(shape.ffn_hidden_size * h // tp)
-    layer = sum(projections) + 2 * h + (2 * d if shape.qk_norm else 0)
-    table = shape.padded_vocab_size(tp) // tp * h
-    first, last = stage == 0, stage == pp - 1
-    tables = int(first) + int(last and (pp > 1 or not shape.tied))
-    total = shape.num_layers // pp * layer + tables * table + (h if last else 0)
-    return total, max(*projections, table if tables else 0)
+    has_table = stage == 0 or (stage == pp - 1 and (pp > 1 or not shape.tied))
+    table = shape.padded_vocab_size(tp) // tp * h if has_table else 0
+    padded = dataclasses.replace(shape, vocab_size=shape.padded_vocab_size(tp))
+    return int(parameters(padded, Layout(tp=tp, pp=pp), stage)), max(*projections, table)
 
 
 def layer_activation_bytes(shape: GPTShape, tokens: int, length: int, *, tp: int, itemsize: int, recompute: str) -> int:
@@ -161,7 +161,7 @@ def _stage_plan(
     states = (12 if e < 4 else 8) * count // dp
     cache = 0
     if last:
-        cache = work.share_rows * (4 * work.k + work.scorers * (4 * work.k + 16))
+        cache = work.share_rows * held_bytes(work.k, work.scorers)
 
     switched = {n for n, shape in teachers.items() if shape == student and teacher_weights == "switch"}
     sizes = {name: e * stage_parameters(shape, tp=tp, pp=pp, stage=stage)[0] for name, shape in teachers.items()}
