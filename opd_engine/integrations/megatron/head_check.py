@@ -103,6 +103,7 @@ def _wide(like: Tensor, low: float, high: float) -> Tensor:
     return (values * signs).view(like.shape).to(like)
 
 
+@torch.no_grad()
 def _off_product(head: OutputHead, hidden: Tensor) -> float:
     """The layer against its weight and bias, on rows of rising magnitude; above 1, or NaN, is more than a product."""
     if head.has_more_than_its_weight:
@@ -111,16 +112,22 @@ def _off_product(head: OutputHead, hidden: Tensor) -> float:
     rows = torch.randn(16, width, generator=torch.Generator().manual_seed(0)).to(hidden)
     rows = rows * torch.linspace(-4, 8, 16, device=rows.device).exp2()[:, None].to(rows)
     layer, product = head.project(rows).double(), head.products(rows).double()
+    # Products of the same numbers may be added up in another order, which no rounding to the dtype hides.
     eps = torch.finfo(hidden.dtype).eps
-    off = (layer - product).abs().amax(1) / (4 * eps * layer.abs().amax(1)).clamp(min=1e-30)
-    return float(torch.maximum(off.max(), _slope(layer, product) / eps))
+    added = min(eps, torch.finfo(torch.float32).eps)
+    off = (layer - product).abs().amax(1) / ((4 * eps + 64 * added) * layer.abs().amax(1)).clamp(min=1e-30)
+    return float(torch.maximum(off.max(), _slope(layer, product) / (eps / 4 + 16 * added)))
 
 
 def _slope(ours: Tensor, theirs: Tensor) -> Tensor:
-    """How far one is the other times a number that is not 1: far below a rounding, since roundings cancel."""
-    return ((ours * theirs).sum() / (theirs * theirs).sum().clamp(min=1e-30) - 1).abs()
+    """How far one is the other times a number that is not 1: far below a rounding, since roundings cancel.
+
+    Nothing where the other is 0 throughout, as on a rank whose part of the vocabulary is padding.
+    """
+    return ((ours - theirs) * theirs).sum().abs() / (theirs * theirs).sum().clamp(min=1e-30)
 
 
+@torch.no_grad()
 def _scaled(ours: Tensor, theirs: Tensor) -> float:
     """What goes into the layer against the hidden states, over what rounding may cost."""
     if ours.shape != theirs.shape:
