@@ -312,6 +312,8 @@ class Trainer:
         }
         self.checkpoints.save(self.step_number, values)
         if memory is not None:
+            if memory.is_one:
+                self.checkpoints.finish()
             memory.saved()
 
     def _finish(self) -> dict[str, Any]:

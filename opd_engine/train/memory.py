@@ -140,6 +140,11 @@ class RunMemory:
             self._before = _status_bytes("VmRSS")
         self._peak = self._saving_peak = 0
 
+    @property
+    def is_one(self) -> bool:
+        """Whether host and device are one memory, where a checkpoint that is being written takes the training's."""
+        return not self._moves
+
     def look(self) -> None:
         """Note the peak so far; call before something resets what counts it, and before a save."""
         peak = torch.cuda.max_memory_allocated(self._device) if self._moves else _status_bytes("VmHWM")

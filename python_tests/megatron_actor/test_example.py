@@ -105,7 +105,7 @@ def test_the_report_of_these_runs_overlays_them(summaries, folder):
     figures, absent = make_figures(runs)
     assert absent == ["Perplexity of held-out text"]
     root = ElementTree.fromstring(render(runs))
-    assert len(root.findall(".//{*}figure")) == len(figures) == 19
+    assert len(root.findall(".//{*}figure")) == len(figures) == 20
     # The first step's samples do not know how the ranks are laid out, the last stage's divergences included.
     first, second = ([sample for sample in run.samples if sample["step"] == 0] for run in runs)
     for one, two in zip(first, second, strict=True):
