@@ -19,7 +19,7 @@ build_requires := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.24' ninja
 constraint := .venv/torch-constraint.txt
 
 .PHONY: help run test test-integrations build lint format docs check clean distclean
-.PHONY: gpu gpu-build gpu-check gpu-bench gpu-bench-linear gpu-bench-step
+.PHONY: gpu gpu-machine gpu-build gpu-truth gpu-check gpu-bench gpu-bench-linear gpu-bench-step
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 24
@@ -54,43 +54,53 @@ check: build ## The conformance table on this machine, in 2 processes
 	$(py) -m opd_engine check --tp 2
 
 # ---- A GPU machine, offline: its own Python with torch, nvcc, cmake, ninja, pybind11, pytest; no .venv -----------------
+# OUT: a folder for what the machine found, logs and records; without it records join those of the project.
 GPU_ARCHS ?= 90a-real
-GPU_RECORDS ?= benchmarks/results/cuda_readme.jsonl
+OUT ?=
+GPU_RECORDS ?= $(if $(OUT),$(OUT)/cuda_readme.jsonl,benchmarks/results/cuda_readme.jsonl)
 # The seconds of each step, 480 in all. What one leaves over, the next has; none has the time of those that follow.
-GPU_STEPS ?= build:150 check:150 bench:90 bench-linear:60 bench-step:30
-GPU_LIMIT ?= 600
+GPU_STEPS ?= machine:10 build:140 truth:100 bench:90 bench-linear:50 bench-step:30 check:60
+GPU_LIMIT ?= 540
 gpu_limited = timeout --signal=INT --kill-after=5 $(GPU_LIMIT)
+gpu_log = $(if $(OUT),2>&1 | tee $(OUT)/$@.log)
+gpu_tests = OPD_GPU_SECONDS=$$(($(GPU_LIMIT) - 25)) $(gpu_limited) $(PYTHON) -m pytest -m cuda -q --durations 5 $(PYTEST_ARGS)
 gpu_bench = $(gpu_limited) $(PYTHON) -m opd_engine bench --device cuda --seconds 1 --out $(GPU_RECORDS)
 # Records are written one shape at a time, so what time has cut off is said and is no failure.
 gpu_cut = || { rc=$$?; [ $$rc -eq 124 ] || exit $$rc; echo "$@: time is up; not measured: the last [n/m] above and what \
   follows it. 'make $@' goes on there."; }
 
-gpu: ## On a machine with a GPU: build, conformance on CUDA, records; 8 minutes at most
+gpu: ## On a machine with a GPU: look, build, truth on CUDA, records, checks; 8 minutes at most
 	@failed=; total=0; for step in $(GPU_STEPS); do total=$$((total + $${step#*:})); done; later=$$total; \
 	for step in $(GPU_STEPS); do \
 	  name=gpu-$${step%:*}; later=$$((later - $${step#*:})); limit=$$((total - later - SECONDS - 5)); \
 	  echo "== $$name: $$limit s at most"; \
 	  $(MAKE) --no-print-directory $$name GPU_LIMIT=$$limit || failed="$$failed $$name"; \
-	  [ "$$failed" != " gpu-build" ] || break; \
+	  case "$$failed" in *gpu-machine*|*gpu-build*) break;; esac; \
 	done; \
 	echo "== $$SECONDS of $$total s"; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
-gpu-build:
-	OPD_CUDA=ON OPD_CUDA_ARCHS=$(GPU_ARCHS) OPD_EMULATOR=OFF $(gpu_limited) $(PYTHON) setup.py --quiet build_ext --inplace
+gpu-machine:
+	$(gpu_limited) $(PYTHON) cmake/check_gpu_machine.py $(gpu_log)
+
+gpu-build:  # a warning of a compiler that was not tried must not cost the hour
+	OPD_CUDA=ON OPD_CUDA_ARCHS=$(GPU_ARCHS) OPD_EMULATOR=OFF OPD_WERROR=OFF \
+	  $(gpu_limited) $(PYTHON) setup.py --quiet build_ext --inplace $(gpu_log)
 	$(PYTHON) -m opd_engine env
 
-gpu-check:  # tests that would begin in the last 25 s are skipped, each by name
-	OPD_GPU_SECONDS=$$(($(GPU_LIMIT) - 25)) \
-	  $(gpu_limited) $(PYTHON) -m pytest python_tests/gpu -m cuda -q --durations 5 $(PYTEST_ARGS)
+gpu-truth:  # values and gradients against float64, before anything else is believed
+	$(gpu_tests) python_tests/gpu/test_truth_on_cuda.py $(gpu_log)
+
+gpu-check:  # streams, graphs, opcheck, sanitizers; tests that would begin in the last 25 s are skipped, each by name
+	$(gpu_tests) python_tests/gpu --ignore python_tests/gpu/test_truth_on_cuda.py $(gpu_log)
 
 gpu-bench:
-	$(gpu_bench) --shapes gpu --compile-seconds 40 $(gpu_cut)
+	$(gpu_bench) --shapes gpu --compile-seconds 40 $(gpu_log) $(gpu_cut)
 
 gpu-bench-linear:
-	$(gpu_bench) --shapes linear-gpu --compile-seconds 10 $(gpu_cut)
+	$(gpu_bench) --shapes linear-gpu --compile-seconds 10 $(gpu_log) $(gpu_cut)
 
 gpu-bench-step:
-	$(gpu_bench) step --shapes model-gpu --no-compile $(gpu_cut)
+	$(gpu_bench) step --shapes model-gpu --no-compile $(gpu_log) $(gpu_cut)
 
 clean: ## Remove what was built, keep .venv
 	rm -rf build dist site *.egg-info opd_engine/_C*.so

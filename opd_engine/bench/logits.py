@@ -20,13 +20,14 @@ def make_logits(shape: Shape, device: torch.device, seed: int = 0) -> Tensor:
     A "periodic" row repeats 256 values, a "spiky" one has 4 k spikes anywhere, a "clustered" one has them side by side
     at its end, where nothing read before announces them.
     """
-    generator = torch.Generator().manual_seed(seed)
+    # Drawn where they are used: a GPU's gigabytes take seconds on the host.
+    generator = torch.Generator(device).manual_seed(seed)
     rows, width = shape.num_tokens, shape.shard_size
-    logits = torch.empty(rows, width, dtype=shape.torch_dtype)
+    logits = torch.empty(rows, width, dtype=shape.torch_dtype, device=device)
     if shape.pattern == "constant":
         logits.fill_(1.0)
     elif shape.pattern == "periodic":
-        logits.copy_((torch.arange(width) % 256 * (10 / 256)).expand(rows, width))
+        logits.copy_((torch.arange(width, device=device) % 256 * (10 / 256)).expand(rows, width))
     else:
         _fill_random(logits, generator, scale=3.0 if shape.pattern in ("random", "ascending", "descending") else 0.1)
     if shape.pattern in ("ascending", "descending"):
@@ -34,24 +35,24 @@ def make_logits(shape: Shape, device: torch.device, seed: int = 0) -> Tensor:
     elif shape.pattern in ("spiky", "clustered"):
         count = min(4 * max(shape.k, 1), width)
         for row in logits:
-            where = torch.randperm(width, generator=generator)[:count]
-            where = where if shape.pattern == "spiky" else torch.arange(width - count, width)
+            where = torch.randperm(width, generator=generator, device=device)[:count]
+            where = where if shape.pattern == "spiky" else torch.arange(width - count, width, device=device)
             row[where] += 20.0
     if shape.layout == "sbv":
         batch = next(size for size in (4, 3, 2, 1) if rows % size == 0)
         # Built from its transpose, so that row order is the same as of plain rows.
         sequence = logits.view(rows // batch, batch, width)
         logits = sequence.transpose(0, 1).contiguous().transpose(0, 1)
-    return logits.to(device)
+    return logits
 
 
 def _fill_random(logits: Tensor, generator: torch.Generator, scale: float) -> None:
-    rows, width = logits.shape
+    (rows, width), device = logits.shape, logits.device
     if logits.numel() <= _POOL_ELEMENTS:
-        logits.copy_(torch.randn(rows, width, generator=generator) * scale)
+        logits.copy_(torch.randn(rows, width, generator=generator, device=device) * scale)
         return
-    pool = (torch.randn(_POOL_ELEMENTS + width, generator=generator) * scale).to(logits.dtype)
-    for row, start in zip(logits, torch.randint(_POOL_ELEMENTS, (rows,), generator=generator).tolist()):
+    pool = (torch.randn(_POOL_ELEMENTS + width, generator=generator, device=device) * scale).to(logits.dtype)
+    for row, start in zip(logits, torch.randint(_POOL_ELEMENTS, (rows,), generator=generator, device=device).tolist()):
         row.copy_(pool[start : start + width])
 
 

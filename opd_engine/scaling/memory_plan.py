@@ -189,9 +189,9 @@ def _stage_plan(
     # Sampling looks at one row a sequence, in float64, on the host.
     sampling = 32 * work.share_seqs * student.vocab_size
     # Weights and the optimizer's float32 weights and moments, gathered over the data-parallel ranks, then the writer's
-    # copy of this rank's share, and a twentieth of both on its way
+    # copy of this rank's share, and three twentieths of both on its way
     # (measured as large for weights in bfloat16 as in float32).
-    checkpoint = 21 * (2 * max(e, 4) * count + 12 * count + 12 * count // dp) // 20
+    checkpoint = 23 * (2 * max(e, 4) * count + 12 * count + 12 * count // dp) // 20
     here, host = 0, {}
     visiting = 0
     if on_cpu:
