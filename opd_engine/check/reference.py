@@ -117,20 +117,20 @@ def kl(log_a: Tensor, log_b: Tensor, counted: Tensor) -> Tensor:
 def divergence(log_q: Tensor, log_p: Tensor, counted: Tensor, name: str, beta: float, alpha: float) -> Tensor:
     """Equations: docs/math.md (16) to (20). log_q the student, log_p the teacher."""
 
-    def mixed(weight_p: float) -> Tensor:
+    def mixed(weight_p: float, weight_q: float) -> Tensor:  # both as given: 1 - (1 - 1e-17) is 0
         p, q = torch.where(counted, log_p, 0.0), torch.where(counted, log_q, 0.0)
-        return torch.logaddexp(p + math.log(weight_p), q + math.log1p(-weight_p))
+        return torch.logaddexp(p + math.log(weight_p), q + math.log(weight_q))
 
     if name == "forward_kl":
         return kl(log_p, log_q, counted)
     if name == "reverse_kl":
         return kl(log_q, log_p, counted)
     if name == "jsd":
-        middle = mixed(beta)
+        middle = mixed(beta, 1 - beta)
         return beta * kl(log_p, middle, counted) + (1 - beta) * kl(log_q, middle, counted)
     if name == "skew_forward_kl":
-        return kl(log_p, mixed(alpha), counted)
-    return kl(log_q, mixed(1 - alpha), counted)
+        return kl(log_p, mixed(alpha, 1 - alpha), counted)
+    return kl(log_q, mixed(1 - alpha, alpha), counted)
 
 
 def distill_loss(

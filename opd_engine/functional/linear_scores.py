@@ -144,7 +144,8 @@ def linear_gather_log_probs(
     hidden: [*, hidden_size], float64, float32, bfloat16 or float16; the same on every rank of tp_group, or, with
         sequence_parallel, this rank's block of dim 0
     weight: [vocab_shard_size, hidden_size] of hidden's dtype: the LM head's rows of this shard (a tied embedding's too)
-    indices: [*, k] or flat [T, k], integer, global ids, distinct in a row; -1 means absent; k = 0 is legal
+    indices: [*, k] or flat [T, k], integer, global ids, distinct in a row (of an id given twice the row's scores are
+        NaN); -1 means absent; k = 0 is legal
     target: [*] or flat [T], integer or None: one further id a row to score, in the support or not; -1 or -100: absent
     temperature: float, or [*] or [T], finite and > 0, a constant
     bias: [vocab_shard_size] of hidden's dtype, or None

@@ -96,7 +96,8 @@ def gather_log_probs(
 
     Equation: docs/math.md (6) to (13), backward (36), (37), shards (49), (50)
     logits: [*, vocab_shard_size], float64, float32, bfloat16 or float16, any leading strides, final (soft-capped)
-    indices: [*, k] or flat [T, k], integer, global ids, distinct in a row; -1 means absent; k = 0 is legal
+    indices: [*, k] or flat [T, k], integer, global ids, distinct in a row (of an id given twice the row's scores are
+        NaN); -1 means absent; k = 0 is legal
     target: [*] or flat [T], integer or None: one further id a row to score, in the support or not; -1 or -100: absent
     temperature: float, or [*] or [T], finite and > 0, a constant
     shard: which columns these are; None means the whole vocabulary

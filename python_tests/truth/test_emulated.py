@@ -27,7 +27,7 @@ SUITES = {
     "divergences": ["truth/test_divergences.py", "-k", "bfloat16 and (few_finite or padded) and mixed"],
     "full": ["truth/test_full.py", "-k", "not float64 and (masked or peaked or padded or widths or k_1)"],
     "ops": ["truth/test_ops.py", "ops/test_kernels.py", "-k", "(masked or ragged or gap or shards) and not dtype0"],
-    "edges": ["functional/test_edges.py", "-k", "float32"],
+    "edges": ["functional/test_edges.py", "functional/test_edge_rows.py", "-k", "float32 or bfloat16"],
     # A chunk's or a tile's logits, as the functions of hidden states and a head hand them over.
     "linear": [
         *("truth/test_linear_losses.py", "truth/test_linear_scores.py"),

@@ -10,7 +10,7 @@ import pytest
 from opd_engine.ops import build_info
 
 TESTS = Path(__file__).resolve().parent
-SUITES = ["test_scores.py", "test_tail.py", "test_conventions.py", "test_full.py"]
+SUITES = ["test_scores.py", "test_tail.py", "test_conventions.py", "test_full.py", "../functional/test_edge_rows.py"]
 BUILD = build_info()
 OTHERS = [name for name in BUILD["cpu_variants_available"].split(",") if name != BUILD["cpu_variant"]]
 

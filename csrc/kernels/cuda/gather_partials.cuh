@@ -43,8 +43,10 @@ __device__ __forceinline__ RowMasses gather_row(const RowSpan<const Scalar>& spa
     emit(j, z);
     if (j < k && owned) {
       const int bit = static_cast<int>(column) + shift;
-      atomicOr(&bitmap[bit >> 5], 1u << (bit & 31));
-      poisoned |= !(z < kInfF);
+      const unsigned mark = 1u << (bit & 31);
+      // An id given twice is no support: its mass would count twice in the total and once off the tail.
+      const bool is_repeated = (atomicOr(&bitmap[bit >> 5], mark) & mark) != 0;
+      poisoned |= is_repeated || !(z < kInfF);
       on_support.add_one(z, scale);
     }
   }

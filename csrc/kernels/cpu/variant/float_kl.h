@@ -66,7 +66,9 @@ template <class Kind, bool kStudentOffset, bool kTeacherOffset>
 struct FloatKL {
   ExponentScale<float> student, teacher;
   float student_inverse_sum, teacher_inverse_sum;
-  float shift_high, shift_low;  // t (log q - log p) less the difference of the logits
+  // Two-sum of the difference of the logits, which may round; halves less their maxima hardly ever do.
+  static constexpr bool kTwoSum = kStudentOffset || kTeacherOffset;
+  float shift_high, shift_low;  // the difference of the logits (less their maxima) less t (log q - log p)
 
   // student_max, student_sum: merged statistics of the row; the teacher's likewise.
   FloatKL(double student_max, double student_sum, double teacher_max, double teacher_sum, double temperature)
@@ -74,19 +76,22 @@ struct FloatKL {
         teacher(exponent_scale<float>(teacher_max, temperature)),
         student_inverse_sum(static_cast<float>(1.0 / student_sum)),
         teacher_inverse_sum(static_cast<float>(1.0 / teacher_sum)) {
-    const double shift = (student_max - teacher_max) + temperature * (std::log(student_sum) - std::log(teacher_sum));
+    const double shift =
+        (kTwoSum ? student_max - teacher_max : 0.0) + temperature * (std::log(student_sum) - std::log(teacher_sum));
     shift_high = static_cast<float>(shift);
     shift_low = static_cast<float>(shift - static_cast<double>(shift_high));
   }
-  // Else |m| / t is so large that this row's exponentials want another range reduction.
+  // Else |m| / t is so large that this row's exponentials want another range reduction, or m so low that they want -inf
+  // told apart.
   bool is_exact() const {
-    return (!kStudentOffset || student.is_offset_small) && (!kTeacherOffset || teacher.is_offset_small);
+    return student.is_floor_zero && teacher.is_floor_zero && (!kStudentOffset || student.is_offset_small) &&
+           (!kTeacherOffset || teacher.is_offset_small);
   }
 
   OPD_ALWAYS_INLINE FloatVec log_ratio(FloatVec z, FloatVec teacher_z) const {
-    const FloatVec d = z - teacher_z;
+    const FloatVec d = kTwoSum ? z - teacher_z : (z - student.max) - (teacher_z - teacher.max);
     FloatVec low = splat<float>(-shift_low);
-    if (kStudentOffset || kTeacherOffset) {  // two-sum; NaN where the difference is infinite
+    if (kTwoSum) {  // NaN where the difference is infinite
       const FloatVec back = d - z, lost = (z - (d - back)) - (teacher_z + back);
       low += lost == lost ? lost : FloatVec{};
     }

@@ -15,6 +15,7 @@ struct LocalId {
   int64_t column;
 };
 bool operator<(LocalId a, LocalId b) { return a.column < b.column; }
+bool operator==(LocalId a, LocalId b) { return a.column == b.column; }
 
 template <class Scalar>
 void rows_of(const GatherPartialsParams& p, int64_t begin, int64_t end) {
@@ -41,15 +42,16 @@ void rows_of(const GatherPartialsParams& p, int64_t begin, int64_t end) {
     std::sort(owned.get(), owned.get() + num_owned);
 
     Statistics tail;
+    // An id given twice is no support: its mass would count twice in the total and once off the tail.
+    tail.poisoned = std::adjacent_find(owned.get(), owned.get() + num_owned) != owned.get() + num_owned;
     int64_t next = 0;
-    for (int64_t start = 0; start < valid; start += kChunk<C>) {
+    for (int64_t start = 0; start < valid && !tail.poisoned; start += kChunk<C>) {
       const int64_t count = std::min(kChunk<C>, valid - start);
       Chunk<Scalar> chunk(logits + start, count);
       for (; next < num_owned && owned[next].column < start + count; ++next) {
         chunk.remove(owned[next].column - start);
       }
       add_groups<kCompensated<Scalar>>(chunk, maximum(chunk), temperature, &tail);
-      if (tail.poisoned) break;
     }
     Statistics total = tail;
     const auto owned_logit = [&](int64_t i) { return static_cast<C>(to_float(logits[owned[i].column])); };

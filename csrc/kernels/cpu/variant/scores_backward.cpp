@@ -58,23 +58,26 @@ struct Stream {
     const VecOf<C> dz = e * (offset + slope * exponent2);
     return e > C{0} ? dz : VecOf<C>{};  // also where the factor is infinite
   }
-  // Of a chunk; target may be the chunk itself.
-  template <bool kOffset>
+  // Of a chunk; target may be the chunk itself. kMask: where the scale's floor is not 0.
+  template <bool kOffset, bool kMask = false>
   OPD_ALWAYS_INLINE void run(const C* chunk, int64_t count, C* target) const {
     for (int64_t i = 0; i < count; i += kLanes<C>) {
       VecOf<C> exponent2;
-      const VecOf<C> e = exp_scaled<C, kOffset>(load(chunk + i), scale, &exponent2);
+      const VecOf<C> z = load(chunk + i);
+      VecOf<C> e = exp_scaled<C, kOffset>(z, scale, &exponent2);
+      if (kMask) e = z > -std::numeric_limits<C>::infinity() ? e : VecOf<C>{};
       store(target + i, gradient(e, exponent2));
     }
   }
 };
 
 // The leading whole vectors of a row in half precision, widened and rounded in registers: no buffer between. Returns
-// how many columns that were; 0 where the gradient may hold a NaN, which rounding would have to look for.
+// how many columns that were; 0 where the gradient may hold a NaN, which rounding would have to look for, or where -inf
+// has to be.
 template <class Scalar, class C>
 OPD_INLINE int64_t run_in_registers(const Stream<C>& stream, const Scalar* logits, int64_t count, Scalar* grad) {
   if constexpr (kInRegisters<Scalar>) {
-    if (!std::isfinite(stream.offset) || !std::isfinite(stream.slope)) return 0;
+    if (!std::isfinite(stream.offset) || !std::isfinite(stream.slope) || !stream.scale.is_floor_zero) return 0;
     const auto gradient = [&](FloatVec z) {
       FloatVec exponent2;
       const FloatVec e = exp_scaled_rough(z, stream.scale, &exponent2);
@@ -171,7 +174,9 @@ void rows_of(const ScoresBackwardParams& p, int64_t begin, int64_t end) {
         const C* chunk = chunk_of(logits + start, count, buffer);
         C* out = buffer;
         if constexpr (std::is_same<Scalar, C>::value) out = chunk == buffer ? buffer : grad + start;
-        if (kCompensated<Scalar> && stream.scale.is_offset_small) {
+        if (!stream.scale.is_floor_zero) {
+          stream.template run<false, true>(chunk, padded, out);
+        } else if (kCompensated<Scalar> && stream.scale.is_offset_small) {
           stream.template run<kCompensated<Scalar>>(chunk, padded, out);
         } else {
           stream.template run<false>(chunk, padded, out);

@@ -230,6 +230,7 @@ struct ExponentScale {
   C max, floor, c_high, c_low, inverse;
   C max_magic, max_fraction;  // kOffset: the magic number less round(m c), and m c - round(m c)
   bool is_offset_small;       // else |m c| is so large that z - m is exact wherever e^(...) is not 0
+  bool is_floor_zero;         // else m is so near the lowest finite value that -inf, clamped, would count as that does
   double temperature, row_max;
 };
 
@@ -253,13 +254,14 @@ OPD_INLINE ExponentScale<C> exponent_scale(double row_max, double temperature) {
   const double rounded = s.is_offset_small ? std::nearbyint(offset) : 0;
   s.max_magic = static_cast<C>(static_cast<double>(Traits<C>::kRoundMagic) - rounded);
   s.max_fraction = static_cast<C>(offset - rounded);
+  s.is_floor_zero = (static_cast<double>(s.floor) - row_max) * c < static_cast<double>(Traits<C>::kMinExponent);
   s.temperature = temperature;
   s.row_max = row_max;
   return s;
 }
 
-// Returns e^((z - m) / t), exactly 0 where it would underflow or z = -inf; exponent2 is its log2, clamped, so that
-// a product of the two is 0 there rather than 0 x inf. A NaN shows in exponent2.
+// Returns e^((z - m) / t), exactly 0 where it would underflow or (with is_floor_zero) z = -inf; exponent2 is its log2,
+// clamped, so that a product of the two is 0 there rather than 0 x inf. A NaN shows in exponent2.
 template <class C, bool kOffset>
 OPD_INLINE VecOf<C> exp_scaled(VecOf<C> z, const ExponentScale<C>& s, VecOf<C>* exponent2) {
   using Vec = VecOf<C>;

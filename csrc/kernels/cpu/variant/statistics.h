@@ -98,28 +98,34 @@ OPD_INLINE void sum_exponentials(const ManyGroups& groups, const ExponentScale<t
   total->weighted += weights.total() * kLn2;
 }
 
+// For rows of about the lowest finite value, and for the NaN of rows without one above -inf: rare, so simple.
+template <class ManyGroups>
+OPD_INLINE void add_one_by_one(const ManyGroups& groups, double temperature, Statistics* total) {
+  using C = typename ManyGroups::C;
+  for (int64_t g = 0; g < groups.count(); ++g) {
+    groups.visit(g, [&](const auto& read) {
+      for (int v = 0; v < 8; ++v) {
+        const VecOf<C> z = read(v);
+        for (int lane = 0; lane < kLanes<C>; ++lane) total->add_logit(static_cast<double>(z[lane]), temperature);
+      }
+    });
+  }
+}
+
 // Adds groups of logits, absent ones -inf. largest: their maximum, NaN left out.
 template <bool kCompensate, class ManyGroups>
 OPD_INLINE void add_groups(const ManyGroups& groups, double largest, double temperature, Statistics* total) {
   using C = typename ManyGroups::C;
-  if (largest == -kInf) {
-    for (int64_t g = 0; g < groups.count(); ++g) {
-      groups.visit(g, [&](const auto& read) {
-        for (int v = 0; v < 8; ++v) {
-          const VecOf<C> z = read(v);
-          for (int lane = 0; lane < kLanes<C>; ++lane) total->poisoned |= z[lane] != z[lane];
-        }
-      });
-    }
-    return;
-  }
+  if (largest == -kInf) return add_one_by_one(groups, temperature, total);
   if (largest == kInf) {
     total->poisoned = true;
     return;
   }
   total->raise_max(largest, temperature);
   const ExponentScale<C> scale = exponent_scale<C>(total->max, temperature);
-  if (kCompensate && scale.is_offset_small) {
+  if (!scale.is_floor_zero) {
+    add_one_by_one(groups, temperature, total);
+  } else if (kCompensate && scale.is_offset_small) {
     sum_exponentials<kCompensate>(groups, scale, total);
   } else {
     sum_exponentials<false>(groups, scale, total);

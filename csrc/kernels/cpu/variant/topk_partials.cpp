@@ -116,7 +116,11 @@ C find_floor(const Scalar* logits, int64_t valid, int64_t k, int64_t vectors, Ve
     for (int lane = 0; lane < kLanes<C>; ++lane) values[j * kLanes<C> + lane] = ordered(lanes[lane]);
   }
   // Candidates are strictly above the floor; a few more of them cost less than the last steps of the search.
-  return std::nextafter(value_of(bound_of_largest(values, vectors * kLanes<C>, k, k / 8 + 4)), kLowest);
+  const C bound = value_of(bound_of_largest(values, vectors * kLanes<C>, k, k / 8 + 4));
+  const C below = std::nextafter(bound, kLowest);
+  // A denormal may compare as 0 (torch.set_flush_denormal), and would not be below it.
+  constexpr C kSmallest = std::numeric_limits<C>::min();
+  return std::fabs(below) < kSmallest ? -kSmallest : below;
 }
 
 template <class Scalar>
