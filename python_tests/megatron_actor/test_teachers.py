@@ -62,7 +62,8 @@ def test_the_first_gradient_and_what_is_published_are_the_students(ranks):
         assert any(case.get("asked") for case in found.values())
         for name, case in found.items():
             if name.startswith("exception"):
-                assert case["raised"] == ("RuntimeError: planted" if case["asked"] else ""), name
+                of_others = "" if case["asked"] else "scoring failed on another data-parallel rank: "
+                assert case["raised"] == f"RuntimeError: {of_others}planted", name
                 assert case["tag"] == "student" and case["untouched"], name
             else:
                 assert case["published"] and case["as separate modules"] <= BOUND, name

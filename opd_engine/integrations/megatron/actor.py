@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
 
     from opd_engine.integrations.megatron.checkpoint import CheckpointWriter
+    from opd_engine.parallel.collectives import ProcessGroup
 
 
 CAPABILITIES = Capabilities(
@@ -124,23 +125,43 @@ class MegatronActor:
 
         Returns: scores on the host of the last pipeline stage; the other stages only keep count of them.
         Raises: ValueError as opd_engine.distillation.score_rollouts, and where ranks were given different batches;
-            DeadTeacherError on every rank, in the words of one that found it.
+            DeadTeacherError on every rank, in the words of one that found it; RuntimeError on the ranks of other
+            samples where scoring failed.
         """
         self._begin(batch)
-        dead = scored = None
+        failed = scored = None
         try:
             scored = score_rollouts(batch, self.student, teachers, self.config)
-        except DeadTeacherError as error:  # only the last stage of the shares that it scored sees it
-            dead = str(error)
-        for name in ("tp", "cp", "pp", "dp"):
-            group = getattr(self.groups, name)
-            if group.size() > 1 and bool(all_reduce_max_(self._flag(dead is not None), group)):
-                dead = next(found for found in all_gather_json(dead, group, self.walk.device) if found is not None)
-        if dead is not None:
-            raise DeadTeacherError(dead)
+        except Exception as error:
+            failed = error
+        self._fail_together(failed)
         if not self.student.holds_scores:
             scored.cache.forget_values()
         return scored
+
+    def _fail_together(self, failed: Exception | None) -> None:
+        """Where this rank's scoring failed, or another's did, none goes on.
+
+        Data-parallel ranks score different samples, so one may fail alone. The ranks that share samples fail alike, but
+        for a dead teacher, which only those that hold its scores see.
+        """
+        dead = str(failed) if isinstance(failed, DeadTeacherError) else None
+        of_others = self._first_of(None if failed is None else [str(failed), dead], self.groups.dp)
+        if failed is not None and dead is None:
+            raise failed
+        if of_others is not None and of_others[1] is None:
+            raise RuntimeError(f"scoring failed on another data-parallel rank: {of_others[0]}")
+        dead = None if of_others is None else of_others[1]
+        for group in (self.groups.tp, self.groups.cp, self.groups.pp):
+            dead = self._first_of(dead, group)
+        if dead is not None:
+            raise DeadTeacherError(dead)
+
+    def _first_of(self, value: Any, group: ProcessGroup) -> Any:
+        """What the first rank that has something has; None where nobody has."""
+        if group.size() == 1 or not bool(all_reduce_max_(self._flag(value is not None), group)):
+            return value
+        return next(found for found in all_gather_json(value, group, self.walk.device) if found is not None)
 
     def _flag(self, value: bool) -> Tensor:
         return torch.tensor([int(value)], dtype=torch.int64, device=self.walk.device)
@@ -236,6 +257,7 @@ class MegatronActor:
         The entry script must hold its work behind `if __name__ == "__main__"`: Megatron's writers start it once more.
         """
         from opd_engine.integrations.megatron.checkpoint import CheckpointWriter
+    from opd_engine.parallel.collectives import ProcessGroup
 
         if self._writer is None:
             self._writer = CheckpointWriter()
