@@ -257,7 +257,6 @@ class MegatronActor:
         The entry script must hold its work behind `if __name__ == "__main__"`: Megatron's writers start it once more.
         """
         from opd_engine.integrations.megatron.checkpoint import CheckpointWriter
-    from opd_engine.parallel.collectives import ProcessGroup
 
         if self._writer is None:
             self._writer = CheckpointWriter()
