@@ -140,9 +140,15 @@ class Inputs:
         return self._kept[key]
 
     def ids(self, support: str) -> Tensor:
-        """[T, K]: the student's or the teacher's first, or any, unordered and with absent slots ("mixed")."""
+        """[T, K]: the student's or the teacher's first, or any, unordered and with absent slots ("mixed"), or these and
+        an id given twice in every fourth row ("repeated").
+        """
         if support == "mixed":
             return self.mixed_ids
+        if support == "repeated":
+            ids = self.mixed_ids.clone()
+            ids[::4, 0] = ids[::4, -1] = 700
+            return ids
         logits = self.student if support == "student" else self.teacher
         return self.kept(("ids", support), lambda: reference.top_ids(logits, K, VOCAB_SIZE))
 

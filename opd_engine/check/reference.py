@@ -70,6 +70,9 @@ def scores(
 ) -> dict[str, Tensor]:
     """Equations: docs/math.md (4) (6) to (9). The fields asked for, by name; a target below 0 is absent."""
     y = scaled(logits, vocab_size, temperature, compute)
+    ordered = ids.sort(-1).values
+    is_repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
+    y = y * torch.where(is_repeated, math.nan, 1.0)[:, None].to(y)  # such a row has no support, and NaN gradients
     log_q = torch.log_softmax(y, -1)
     found = {}
     if "log_probs" in fields or "tail_log_prob" in fields:

@@ -192,6 +192,7 @@ def score_cells() -> Iterator[Cell]:
     yield GatherCell(function="gather_log_probs", line="row temperatures", row_temperature=True)
     yield GatherCell(function="gather_log_probs", line="in place", source=FromLogits(inplace=True))
     yield GatherCell(function="gather_log_probs", line="edge rows", source=FromLogits(edges=True))
+    yield GatherCell(function="gather_log_probs", line="repeated ids", support="repeated")
     yield GatherCell(function="gather_log_probs", line="partial losses", partial=True)
     yield GatherCell(function="gather_log_probs", line="under debug", debug=True)
     yield GatherCell(function="gather_log_probs", line="leading dimensions", leading=True)

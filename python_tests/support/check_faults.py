@@ -120,6 +120,11 @@ def nothing(_: object) -> None:
     return None
 
 
+def plausible(values: torch.Tensor) -> torch.Tensor:
+    """A number where NaN is right."""
+    return torch.where(values.isnan(), -1.0, values)
+
+
 def one_more(ids: torch.Tensor | None) -> torch.Tensor | None:
     return None if ids is None else torch.where(ids >= 0, (ids + 1) % 1031, ids)
 
@@ -161,6 +166,7 @@ FAULTS = {
     "target's row off by one": Fault((*SCORES, OP), output(WITH_SCORES, TARGET, next_row)),
     "1% in the tail": Fault((*SCORES, "distill_loss", OP), output(WITH_SCORES, TAIL, more)),
     "1% in log-probs": Fault((*SCORES, "distill_loss", OP), output(WITH_SCORES, LOG_PROBS, more)),
+    "a plausible number of a repeated id": Fault(("gather_log_probs",), output(WITH_SCORES, LOG_PROBS, plausible)),
     "target's id off by one": Fault((*SCORES, OP), argument(WITH_TARGET, "target", one_more)),
     "row temperatures ignored": Fault(
         (*SCORES, *LINEAR, *FULL, OP), argument(WITH_ROW_TEMPERATURE, "row_temperature", nothing)
