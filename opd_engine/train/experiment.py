@@ -6,6 +6,7 @@ only: no label, and no token that a teacher wrote.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Experiment:
     passages: held-out texts by teacher, on whose rows divergence and perplexity are measured; where there are none,
     divergence is measured on what the student writes after the held-out prompts.
     prefixes: teacher -> what it sees before each prompt.  first_id: what begins a text, where a tokenizer says so.
+    template: how prompts became tokens, in words.
     """
 
     student: Path
@@ -44,6 +46,7 @@ class Experiment:
     passages: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
     prefixes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     first_id: int | None = None
+    template: str = "none, prompts are plain text"
 
     def seen_by(self, teachers: Sequence[str], token_ids: Sequence[int]) -> tuple[int, ...] | None:
         """The prompt as those of its teachers see it that have a prefix, after what begins a text; None: as it is."""
@@ -86,9 +89,13 @@ def _prepare_prompts(config: TrainConfig, show_progress: ShowProgress) -> Experi
     )
     keys = Keys(data.prompt_key, data.messages_key, data.label_key)
 
+    chats = 0
+
     def read(path: str) -> list[Prompt]:
+        nonlocal chats
         skipped = Skipped()
         records = read_records(path, keys, skipped)
+        chats += sum(not isinstance(record.prompt, str) for record in records)
         on_done = lambda done: None  # noqa: E731
         if len(records) >= _MANY:
             shown = show_progress(f"reading {len(records):,} prompts", len(records))
@@ -114,4 +121,12 @@ def _prepare_prompts(config: TrainConfig, show_progress: ShowProgress) -> Experi
         longest = max(prompt.num_tokens for prompt in (*train, *evaluation))
         before = len(prefixes.get(argument.removeprefix("teachers."), ()))
         check_positions(described or {}, argument, longest + before, config.rollout.max_new_tokens)
-    return Experiment(student, teachers, train, evaluation, prefixes=prefixes, first_id=tokenizer.bos_token_id)
+    experiment = Experiment(student, teachers, train, evaluation, prefixes=prefixes, first_id=tokenizer.bos_token_id)
+    return dataclasses.replace(experiment, template=_template(config, chats)) if chats else experiment
+
+
+def _template(config: TrainConfig, chats: int) -> str:
+    data = config.data
+    more = [f"{name} = {value}" for name, value in data.chat_template_kwargs.items()]
+    more += ["a system prompt"] if data.system_prompt else []
+    return f"the student's chat template in {chats:,} prompts" + (f", with {', '.join(more)}" if more else "")

@@ -28,6 +28,7 @@ from opd_engine.parallel.launch import World, join_world
 from opd_engine.report.plots import draw_plots
 from opd_engine.train.assembly import Assembly
 from opd_engine.train.backends import backend, check_capabilities
+from opd_engine.train.banner import banner
 from opd_engine.train.checkpoint import load_state
 from opd_engine.train.checkpoints import Checkpoints
 from opd_engine.train.config import TrainConfig
@@ -66,6 +67,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         experiment = _prepare(config, world, folder, progress)
         tasks = {prompt.task for prompt in (*experiment.train, *experiment.evaluation)}
         config.opd.tasks = config.opd.tasks or tuple(sorted(tasks - {""}))
+        progress.lines(banner(config, world, experiment, folder.checkpoint))
         with chosen.assemble(config, world, experiment) as parts:
             return Trainer(config, world, folder, experiment, parts, progress, started).train()
 

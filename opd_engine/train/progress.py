@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from opd_engine.distillation.phases import NAMES
@@ -166,6 +166,11 @@ class Progress:
         except ImportError:
             return None
         return Console(file=sys.stderr)
+
+    def lines(self, lines: Sequence[str]) -> None:
+        """Said once, before what they are about."""
+        if self._shown:
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
 
     def phase(self, name: str) -> None:
         """What the run does now."""
