@@ -252,7 +252,7 @@ class MegatronActor:
         return self.student.token_to_id()
 
     def save(self, folder: Path) -> PendingSave:
-        """Begins a distributed checkpoint, written in processes of its own; see `opd_engine.distillation.Actor`.
+        """Begins a distributed checkpoint, written in processes of its own; see `opd_engine.distillation.actor.Actor`.
 
         The entry script must hold its work behind `if __name__ == "__main__"`: Megatron's writers start it once more.
         """
