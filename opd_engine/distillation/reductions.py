@@ -16,7 +16,8 @@ from opd_engine.distillation.config import OPDConfig
 from opd_engine.distillation.rollout import RolloutBatch
 
 StackOverRanks = Callable[[Tensor], Tensor]
-"""Maps a tensor to [ranks, ...], in rank order: opd_engine.parallel.collectives.all_gather_stacked with the data-parallel group."""
+"""Maps a tensor to [ranks, ...], in rank order: opd_engine.parallel.collectives.all_gather_stacked over data-parallel
+ranks."""
 
 
 @dataclasses.dataclass(frozen=True)

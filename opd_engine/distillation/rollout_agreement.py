@@ -61,7 +61,8 @@ def compare_rollouts(
 
     batch: with `rollout_log_probs`
     temperature: they were sampled at; 0 stands for 1, as engines answer then
-    known, sum_over_shares, largest_over_shares: of opd_engine.parallel.shares.Shares; where one process has all, the defaults
+    known, sum_over_shares, largest_over_shares: of opd_engine.parallel.shares.Shares; the defaults where one process
+        has all
 
     Communicates: a scoring pass; 16 bytes over the shares, twice.
     """

@@ -1,7 +1,7 @@
 """What a process hands to torch.distributed, by whomever: every collective and send, counted where c10d dispatches it.
 
-`opd_engine.parallel.collectives.count_collectives` knows this project's own alone; this one sees a framework's too. Only the thread
-that opened the block is watched, which on a CPU is the one that runs the backward.
+`opd_engine.parallel.collectives.count_collectives` knows this project's own alone; this one a framework's too. Only
+the thread that opened the block is watched, which on a CPU is the one that runs the backward.
 """
 
 from __future__ import annotations
